@@ -53,7 +53,7 @@ class Limits(Record):
 
 
 class Serving(Record):
-    """What is served of one model. Versions that take no share of the split are warm: loaded and addressable by number."""
+    """What is served of one model. A version without a share of the split is warm: loaded, and called by its number."""
 
     tenant: str
     model: str

@@ -1,0 +1,52 @@
+# Everything a person does with this repository. `make help` lists it.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := libs/sdk libs/common services/registry services/rollout services/gateway services/worker
+MODULES := lepton lepton_common lepton_registry lepton_rollout lepton_gateway lepton_worker
+TESTS := $(addsuffix /tests,$(PACKAGES)) tests
+
+.PHONY: help setup quickstart test check format bench up down
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.ready .kafka/.ready ## make .venv with everything pinned, and fetch Kafka's jars (repeatable)
+
+$(VENV)/.ready: constraints.txt pyproject.toml $(addsuffix /pyproject.toml,$(PACKAGES))
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip hatchling editables
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt \
+		$(foreach package,$(PACKAGES),-e $(package)) -r requirements-dev.txt
+	touch $@
+
+.kafka/.ready: | $(VENV)/.ready
+	$(BIN)/python -m lepton.kafka_jars .kafka/libs && touch $@
+
+quickstart: setup ## train a model, push it, serve it, call it; leaves the platform running
+	$(BIN)/python examples/digits/quickstart.py
+
+test: setup ## every test, on the real Kafka, PostgreSQL, etcd, Envoy and onnxruntime
+	$(BIN)/python -m pytest
+
+check: setup ## lint, format, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(addprefix -p ,$(MODULES))
+	$(BIN)/mypy --explicit-package-bases $(wildcard $(TESTS)) benchmarks examples
+	$(BIN)/lint-imports
+
+format: setup ## put the code into the house's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## measure the serving path beside onnxruntime, MLServer, LitServe and Triton
+	$(BIN)/python benchmarks/serving.py
+
+up: setup ## start the whole platform on this machine, in the background
+	$(BIN)/lepton up --detach
+
+down: ## stop it again; its data stays
+	$(BIN)/lepton down
