@@ -1,0 +1,197 @@
+"""Every HTTP shape of Lepton's `/v1` API, on one page."""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Generic, TypeVar
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+
+# A tenant's and a model's name become a host name in the mesh, so they are one DNS label each.
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+# Printable text: PostgreSQL stores no NUL, and logs and terminals want no control characters.
+Text = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+VersionNumber = Annotated[int, Field(ge=1, le=2_147_483_647)]
+
+T = TypeVar("T")
+
+
+class Request(BaseModel):
+    """What a caller sends. An unknown field is an error, so that a typing mistake is not silently ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Response(BaseModel):
+    """What a service answers. Unknown fields are ignored, so that an older client reads a newer service."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Problem(Response):
+    """Every error of `/v1` (RFC 9457, `application/problem+json`)."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+
+
+class Page(Response, Generic[T]):
+    """A part of a list. `next` is the cursor of the following page, None on the last one."""
+
+    items: list[T]
+    next: str | None = None
+
+
+# --- tenants and keys -------------------------------------------------------------------------------------------------
+
+
+class Scope(StrEnum):
+    """What a key may do: call models, read about them, change what is served, manage keys. `admin` implies the rest."""
+
+    INFER = "infer"
+    READ = "read"
+    DEPLOY = "deploy"
+    ADMIN = "admin"
+
+
+class NewTenant(Request):
+    name: Name
+
+
+class Tenant(Response):
+    name: str
+    created_at: datetime
+
+
+class NewKey(Request):
+    """A key to make. `tenant` None means the caller's own; `expires_at` None means never."""
+
+    name: Text
+    scopes: Annotated[list[Scope], Field(min_length=1, max_length=4)] = [Scope.INFER]
+    tenant: Name | None = None
+    expires_at: AwareDatetime | None = None
+
+
+class Key(Response):
+    """A key without its secret; `prefix` is the secret's beginning, to tell keys apart."""
+
+    id: str
+    prefix: str
+    tenant: str
+    name: str
+    scopes: list[Scope]
+    created_at: datetime
+    expires_at: datetime | None = None
+
+
+class CreatedKey(Key):
+    """A key just made: the only time its secret is shown."""
+
+    secret: str
+
+
+# --- artifacts --------------------------------------------------------------------------------------------------------
+
+
+class TensorSpec(Response):
+    """One input or output of a model: an Open Inference Protocol datatype and a shape with -1 for any size."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class Signature(Response):
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+
+
+class Artifact(Response):
+    """Bytes that Lepton stored after checking their digest and that they are a model it can serve."""
+
+    sha256: str
+    size_bytes: int
+    format: str
+    signature: Signature
+    created_at: datetime
+
+
+class Upload(Response):
+    """An unfinished upload: the next byte wanted is `offset` of `total_bytes`."""
+
+    sha256: str
+    offset: int
+    total_bytes: int
+
+
+# --- models and versions ----------------------------------------------------------------------------------------------
+
+
+class Batching(BaseModel):
+    """How a worker may merge requests of a version. Rows are counted along the first dimension."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    max_rows: Annotated[int, Field(ge=1, le=65536)] = 64
+    max_queued_rows: Annotated[int, Field(ge=1, le=1_000_000)] = 4096
+
+
+class NewVersion(Request):
+    """A version to register from an uploaded artifact. `deploy`: serve it by itself when it is the model's first."""
+
+    sha256: Sha256
+    deploy: bool = True
+    batching: Batching = Batching()
+    metrics: Annotated[dict[Text, Number], Field(max_length=100)] = {}
+    labels: Annotated[dict[Text, Text], Field(max_length=100)] = {}
+
+
+class VersionState(StrEnum):
+    """How a version's last rollout ended; `registered` when it has had none."""
+
+    REGISTERED = "registered"
+    PROMOTED = "promoted"
+    FAILED = "failed"
+
+
+class Version(Response):
+    """One immutable version of a model; `state_reason` says why its last rollout ended as it did."""
+
+    tenant: str
+    model: str
+    version: int
+    sha256: str
+    size_bytes: int
+    format: str
+    signature: Signature
+    batching: Batching
+    metrics: dict[str, float]
+    labels: dict[str, str]
+    state: VersionState
+    state_reason: str = ""
+    created_at: datetime
+    created_by: str
+
+
+class Model(Response):
+    """A model, its newest version and its aliases, such as `{"production": 3}`."""
+
+    tenant: str
+    name: str
+    latest_version: int
+    aliases: dict[str, int]
+    created_at: datetime
+
+
+class TimelineEntry(Response):
+    """A fact about a model: which, when, by whom, why, and what it was based on. `id` is the event's."""
+
+    id: str
+    at: datetime
+    type: str
+    version: int | None = None
+    actor: str = ""
+    reason: str = ""
+    evidence: dict[str, JsonValue]
