@@ -1,0 +1,214 @@
+"""A service's schema in PostgreSQL: transactions, the events they emit, migrations."""
+
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+from alembic.config import Config
+from alembic.runtime.environment import EnvironmentContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, CursorResult, Executable, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+
+from lepton_common import envelope
+from lepton_common.errors import Unavailable
+from lepton_common.events import Event
+from lepton_common.types import checked_name
+
+# A statement that runs longer is a mistake; a transaction that idles longer holds locks others wait for.
+STATEMENT_TIMEOUT_S = 30
+IDLE_IN_TRANSACTION_TIMEOUT_S = 60
+CONNECT_TIMEOUT_S = 5
+
+# SQLSTATE classes and codes after which the same transaction may succeed: connection lost, rolled back for
+# another's sake (deadlock, serialization), out of resources, server shutting down, lock or idle time-out.
+_TRANSIENT = ("08", "40", "53", "57", "25P03", "55P03")
+
+Params = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+
+class Tx:
+    """An open transaction. Tables of the service's schema are named plainly in its SQL."""
+
+    def __init__(self, connection: AsyncConnection, schema: str) -> None:
+        self._connection = connection
+        self._schema = schema
+
+    async def execute(
+        self, statement: str | Executable, params: Params | None = None
+    ) -> CursorResult[*tuple[Any, ...]]:
+        """The statement's result. Text takes `:name` parameters. Raises Unavailable when PostgreSQL is away."""
+        executable = text(statement) if isinstance(statement, str) else statement
+        with _unavailable():
+            return await self._connection.execute(executable, params)
+
+    async def emit(self, event: Event) -> None:
+        """The event is in the outbox: sent once this transaction commits, and never if it does not.
+
+        Events of one subject leave in the order of their commits when the subject's row was locked before.
+        """
+        message = envelope.encode(event, self._schema)
+        row = {
+            "id": event.id,
+            "topic": message.topic,
+            "key": message.key,
+            "type": type(event).__name__,
+            "headers": json.dumps(message.headers),
+            "payload": message.value,
+            "channel": outbox_channel(self._schema),
+        }
+        await self.execute(_EMIT, row)
+
+
+class Database:
+    """A pool of connections whose search path is one schema. Makes no connection before the first transaction."""
+
+    def __init__(self, dsn: str, schema: str, *, pool_size: int = 10) -> None:
+        self.schema = checked_name("schema", schema)
+        self.engine = create_async_engine(
+            dsn.replace("postgresql://", "postgresql+asyncpg://", 1),
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=CONNECT_TIMEOUT_S,
+            # After a restart of PostgreSQL the first checkout finds the dead connections and replaces them all.
+            pool_pre_ping=True,
+            connect_args={
+                "timeout": CONNECT_TIMEOUT_S,
+                # The client's own limit catches a server that no longer answers at all.
+                "command_timeout": STATEMENT_TIMEOUT_S + 5,
+                "server_settings": {
+                    "application_name": f"lepton-{schema}",
+                    "search_path": f'"{schema}"',
+                    "statement_timeout": f"{STATEMENT_TIMEOUT_S}s",
+                    "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_TIMEOUT_S}s",
+                },
+            },
+        )
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Tx]:
+        """A transaction that commits at the end of the block and rolls back when it raises.
+
+        Raises Unavailable when PostgreSQL is away, too busy, or ended the transaction for another's sake. When
+        that happens at the commit, the transaction may have been committed all the same.
+        """
+        async with self.connection() as connection:
+            yield Tx(connection, self.schema)
+            with _unavailable():
+                await connection.commit()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[AsyncConnection]:
+        """A bare connection, rolled back and returned to the pool at the end. Raises Unavailable."""
+        with _unavailable():
+            connection = await self.engine.connect()
+        try:
+            yield connection
+        finally:
+            with _unavailable():
+                await connection.close()
+
+    async def ping(self) -> None:
+        """PostgreSQL answers. Raises Unavailable when it does not."""
+        async with self.transaction() as tx:
+            await tx.execute("SELECT 1")
+
+    async def close(self) -> None:
+        """No connection is left open."""
+        await self.engine.dispose()
+
+
+def outbox_channel(schema: str) -> str:
+    """The NOTIFY channel that wakes the schema's relay."""
+    return f"{schema}_outbox"
+
+
+async def migrate(db: Database, package: str) -> None:
+    """The schema exists and is at the newest migration in `package`'s folder `migrations` (Alembic files, no env.py).
+
+    All of it is one transaction under an advisory lock: replicas that start together wait for each other, and a
+    migration that fails leaves nothing behind. Raises Unavailable when PostgreSQL is away.
+    """
+    folder = Path(str(resources.files(package) / "migrations"))
+    async with db.connection() as connection:
+        with _unavailable():
+            await connection.run_sync(_upgrade, folder, db.schema)
+            await connection.commit()
+
+
+class Executes(Protocol):
+    """What a migration's `op` can do, as far as it is needed here. asyncpg takes one statement a call."""
+
+    def execute(self, sqltext: str) -> None: ...
+
+
+def create_shared_tables(op: Executes) -> None:
+    """`outbox` and `handled` exist: what `Tx.emit` and `Service.decide` write. A schema's first migration calls it."""
+    for statement in _SHARED_TABLES:
+        op.execute(statement)
+
+
+# One round trip. NOTIFY is delivered at the commit, once a transaction however many events it emits.
+_EMIT = """
+    WITH added AS (
+        INSERT INTO outbox (id, topic, key, type, headers, payload)
+        VALUES (:id, :topic, :key, :type, CAST(:headers AS jsonb), :payload)
+        RETURNING seq
+    )
+    SELECT pg_notify(:channel, '') FROM added
+"""
+
+# The outbox is nearly always empty but sees every event pass, so it is vacuumed early.
+_SHARED_TABLES = (
+    """
+    CREATE TABLE outbox (
+        seq bigserial PRIMARY KEY,
+        id uuid NOT NULL,
+        topic text NOT NULL,
+        key text NOT NULL,
+        type text NOT NULL,
+        headers jsonb NOT NULL,
+        payload bytea NOT NULL,
+        at timestamptz NOT NULL DEFAULT clock_timestamp()
+    ) WITH (autovacuum_vacuum_scale_factor = 0.01)
+    """,
+    """
+    CREATE TABLE handled (
+        consumer text NOT NULL,
+        id uuid NOT NULL,
+        at timestamptz NOT NULL DEFAULT now(),
+        PRIMARY KEY (consumer, id)
+    )
+    """,
+    "CREATE INDEX handled_at ON handled (at)",
+)
+
+
+def _upgrade(connection: Connection, folder: Path, schema: str) -> None:
+    # A migration may take longer than any statement of a request.
+    connection.execute(text("SET LOCAL statement_timeout = 0"))
+    connection.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": f"lepton.migrate.{schema}"})
+    connection.execute(text(f'CREATE SCHEMA IF NOT EXISTS "{schema}"'))
+    script = ScriptDirectory(folder, version_locations=[folder])
+    with EnvironmentContext(Config(), script, fn=lambda revision, _: script._upgrade_revs("head", revision)) as context:
+        context.configure(connection=connection, version_table_schema=schema)
+        context.run_migrations()
+
+
+@contextmanager
+def _unavailable() -> Iterator[None]:
+    """What PostgreSQL or the way to it raises for a passing reason becomes Unavailable."""
+    try:
+        yield
+    except (OSError, TimeoutError, PoolTimeout) as error:
+        raise Unavailable("the database is not available", retry_after_s=1) from error
+    except DBAPIError as error:
+        state = str(getattr(error.orig, "sqlstate", None) or "")
+        if error.connection_invalidated or state.startswith(_TRANSIENT):
+            raise Unavailable("the database is not available", retry_after_s=1) from error
+        raise
