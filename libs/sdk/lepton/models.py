@@ -3,6 +3,7 @@
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Generic, TypeVar
+from uuid import UUID
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, StringConstraints
 
@@ -195,3 +196,76 @@ class TimelineEntry(Response):
     actor: str = ""
     reason: str = ""
     evidence: dict[str, JsonValue]
+
+
+# --- rollouts and what is served --------------------------------------------------------------------------------------
+
+
+class Strategy(StrEnum):
+    """How a version takes over live traffic: `immediate` moves all of it once a worker has the version ready."""
+
+    IMMEDIATE = "immediate"
+
+
+class NewRollout(Request):
+    """A version to bring to live traffic."""
+
+    model: Name
+    version: VersionNumber
+    strategy: Strategy = Strategy.IMMEDIATE
+
+
+class RolloutState(StrEnum):
+    """Workers load the version, then the mesh shifts traffic to it. `promoted` and `failed` are ends."""
+
+    LOADING = "loading"
+    SHIFTING = "shifting"
+    PROMOTED = "promoted"
+    FAILED = "failed"
+
+
+class Rollout(Response):
+    """A version's way to live traffic. `previous` served before it, `percent` is its share of traffic now, `reason` says why
+    it is where it is."""
+
+    id: UUID
+    tenant: str
+    model: str
+    version: int
+    previous: int | None = None
+    strategy: Strategy
+    state: RolloutState
+    reason: str = ""
+    percent: float
+    actor: str = ""
+    started_at: datetime
+    finished_at: datetime | None = None
+
+
+class TrafficShare(Response):
+    version: int
+    percent: float
+
+
+class LoadedVersion(Response):
+    """A version on one worker; `device` is what runs it, `reason` says why it failed."""
+
+    version: int
+    worker: str
+    device: str
+    state: str
+    reason: str = ""
+
+
+class ServingView(Response):
+    """What is served of a model now: who takes which share of traffic, which version an instant return goes to, what is
+    loaded where. A version in `versions` without a share of `split` is warm: it answers when asked for by number."""
+
+    tenant: str
+    model: str
+    generation: int
+    stable: int | None
+    previous: int | None
+    split: list[TrafficShare]
+    versions: list[int]
+    workers: list[LoadedVersion]
