@@ -225,8 +225,7 @@ class RolloutState(StrEnum):
 
 
 class Rollout(Response):
-    """A version's way to live traffic. `previous` served before it, `percent` is its share of traffic now, `reason` says why
-    it is where it is."""
+    """A version's way to live traffic. `previous` served before it, `percent` is its share of traffic now."""
 
     id: UUID
     tenant: str
@@ -258,8 +257,8 @@ class LoadedVersion(Response):
 
 
 class ServingView(Response):
-    """What is served of a model now: who takes which share of traffic, which version an instant return goes to, what is
-    loaded where. A version in `versions` without a share of `split` is warm: it answers when asked for by number."""
+    """What is served of a model now. `previous` is where a rollback goes; a version without a share of `split` is warm: it
+    answers when asked for by number."""
 
     tenant: str
     model: str
