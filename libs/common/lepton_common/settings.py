@@ -1,0 +1,59 @@
+"""Base of every service's settings: environment variables LEPTON_…, read once in `main`, passed down as values."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "LEPTON_"
+
+
+class Settings(BaseSettings):
+    """What an operator can change of any service. The text under a field is what an error says was expected."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        use_attribute_docstrings=True,
+    )
+
+    host: str = "127.0.0.1"
+    """address to listen on"""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """port to listen on, 0 for any free one"""
+    kafka: str = "127.0.0.1:9092"
+    """Kafka's bootstrap servers, host:port[,host:port]"""
+    postgres_dsn: Annotated[str, Field(repr=False, pattern=r"^postgresql(\+asyncpg)?://")] = (
+        "postgresql://lepton@127.0.0.1:5432/lepton"
+    )
+    """PostgreSQL, postgresql://user:password@host:port/database"""
+    etcd: str = "127.0.0.1:2379"
+    """etcd's endpoints, host:port[,host:port]"""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """least severe log line to write"""
+    otlp: Annotated[str, Field(pattern=r"^(https?://.+)?$")] = ""
+    """OTLP/HTTP collector, http://host:4318; empty for no traces"""
+    drain_s: Annotated[float, Field(ge=0, le=3600)] = 10.0
+    """seconds that running requests get to finish after SIGTERM"""
+
+    @classmethod
+    def read(cls) -> Self:
+        """The settings of this process. Ends the process with one line for every variable that is wrong or missing."""
+        try:
+            return cls()
+        except ValidationError as error:
+            lines = (_line(cls, each) for each in error.errors(include_url=False, include_context=False))
+            raise SystemExit("\n".join(lines)) from None
+
+
+def _line(settings: type[Settings], error: Any) -> str:
+    name = str(error["loc"][0]) if error["loc"] else ""
+    field = settings.model_fields.get(name)
+    expected = (field.description if field else None) or error["msg"]
+    if error["type"] == "missing":
+        return f"{PREFIX}{name.upper()} is not set: expected {expected}"
+    # A field that keeps itself out of repr() holds a password.
+    got = repr(error["input"])[:80] if field is None or field.repr else "a value not shown here"
+    return f"{PREFIX}{name.upper()} is {got}: expected {expected} ({error['msg']})"

@@ -1,0 +1,158 @@
+import http.server
+import io
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import structlog
+from lepton_common.settings import Settings
+from lepton_common.telemetry import Telemetry, configure, extract, extract_kafka, inject, inject_kafka
+from opentelemetry import trace
+
+PARENT = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+@pytest.fixture
+def out() -> io.BytesIO:
+    return io.BytesIO()
+
+
+@pytest.fixture
+def telemetry(out: io.BytesIO) -> Iterator[Telemetry]:
+    level = logging.getLogger().level
+    telemetry = configure("worker", Settings(log_level="info"), out=out)
+    yield telemetry
+    telemetry.close()
+    logging.getLogger().setLevel(level)
+    structlog.reset_defaults()
+
+
+def lines_of(telemetry: Telemetry, out: io.BytesIO) -> list[dict[str, Any]]:
+    telemetry.close()
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def test_a_log_line_is_one_json_object_with_service_level_and_time(telemetry: Telemetry, out: io.BytesIO) -> None:
+    structlog.get_logger().info("model ready", model="digits", version=3)
+    structlog.get_logger().debug("not asked for")
+    [line] = lines_of(telemetry, out)
+    assert line.pop("at").endswith("Z")
+    assert line == {"service": "worker", "level": "info", "event": "model ready", "model": "digits", "version": 3}
+
+
+def test_the_standard_library_logs_into_the_same_stream(telemetry: Telemetry, out: io.BytesIO) -> None:
+    try:
+        raise ValueError("bad\nnews")
+    except ValueError:
+        logging.getLogger("aiokafka").exception("consumer %s died", 7)
+    [line] = lines_of(telemetry, out)
+    assert (line["event"], line["logger"], line["level"]) == ("consumer 7 died", "aiokafka", "error")
+    assert "ValueError: bad\nnews" in line["exception"]
+
+
+def test_values_that_json_does_not_know_are_logged_as_their_repr(telemetry: Telemetry, out: io.BytesIO) -> None:
+    structlog.get_logger().warning("odd", value=object, keys={1: b"x"})
+    [line] = lines_of(telemetry, out)
+    assert line["value"] == "<class 'object'>"
+    assert line["keys"] == {"1": "b'x'"}
+
+
+def test_a_log_line_within_a_span_carries_its_trace_id(telemetry: Telemetry, out: io.BytesIO) -> None:
+    with telemetry.tracer.start_as_current_span("load") as span:
+        structlog.get_logger().info("loading")
+    [line] = lines_of(telemetry, out)
+    assert line["trace_id"] == trace.format_trace_id(span.get_span_context().trace_id)
+
+
+def test_a_reader_who_stops_reading_costs_lines_but_never_time() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as pipe, os.fdopen(writer, "wb", buffering=0) as out:
+        telemetry = configure("worker", Settings(), out=out)
+        logger = structlog.get_logger()
+        for _ in range(12_000):  # More than the queue and the pipe hold together.
+            logger.info("x" * 100)
+        dropped = telemetry.registry.get_sample_value("lepton_worker_log_lines_dropped_total")
+        reading = threading.Thread(target=pipe.read)
+        reading.start()
+        telemetry.close()
+        out.close()
+        reading.join()
+    structlog.reset_defaults()
+    assert dropped is not None
+    assert 0 < dropped < 12_000
+
+
+def test_metrics_show_the_process_and_what_the_service_registered(telemetry: Telemetry) -> None:
+    text = telemetry.render_metrics().decode()
+    assert "process_resident_memory_bytes" in text
+    assert "lepton_worker_log_lines_dropped_total 0.0" in text
+
+
+def test_trace_context_travels_in_http_headers(telemetry: Telemetry) -> None:
+    received = [(b"host", b"x"), (b"traceparent", PARENT), (b"tracestate", b"a=b")]
+    sent: list[tuple[bytes, bytes]] = []
+    with telemetry.tracer.start_as_current_span("infer", context=extract(received)):
+        inject(sent)
+    (name, value), state = sent
+    assert (name, state) == (b"traceparent", (b"tracestate", b"a=b"))
+    assert value.split(b"-")[1] == PARENT.split(b"-")[1]
+    assert value.split(b"-")[2] != PARENT.split(b"-")[2]
+
+
+def test_trace_context_travels_in_kafka_headers(telemetry: Telemetry) -> None:
+    headers: list[tuple[str, bytes]] = [("ce_id", b"1")]
+    with telemetry.tracer.start_as_current_span("emit") as span:
+        inject_kafka(headers)
+    assert [name for name, _ in headers] == ["ce_id", "traceparent"]
+    context = trace.get_current_span(extract_kafka(headers)).get_span_context()
+    assert context.trace_id == span.get_span_context().trace_id
+
+
+@pytest.mark.parametrize("value", [b"", b"00-0-0-00", b"\xff\xfe", PARENT + b"-extra"])
+def test_a_malformed_traceparent_is_no_context(value: bytes) -> None:
+    context = extract([(b"traceparent", value)])
+    assert not trace.get_current_span(context).get_span_context().is_valid
+
+
+def test_no_header_is_sent_outside_of_a_span() -> None:
+    headers: list[tuple[bytes, bytes]] = []
+    inject(headers)
+    assert headers == []
+
+
+def test_spans_are_exported_when_a_collector_is_named() -> None:
+    received: list[tuple[str, bytes]] = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Collector) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        otlp = f"http://127.0.0.1:{server.server_port}"
+        telemetry = configure("worker", Settings(otlp=otlp), out=io.BytesIO())
+        with telemetry.tracer.start_as_current_span("load the model"):
+            pass
+        telemetry.close()
+        server.shutdown()
+    structlog.reset_defaults()
+    [(path, body)] = received
+    assert path == "/v1/traces"
+    assert b"load the model" in body
+    assert b"lepton-worker" in body
+
+
+def test_a_collector_that_is_away_does_not_hold_up_the_end() -> None:
+    telemetry = configure("worker", Settings(otlp="http://127.0.0.1:9"), out=io.BytesIO())
+    with telemetry.tracer.start_as_current_span("load"):
+        pass
+    telemetry.close()
+    structlog.reset_defaults()
