@@ -30,13 +30,21 @@ class Response(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+class WrongInput(Response):
+    """An input that was not accepted, named as `body.metrics.accuracy` or `query.limit`, and what is wrong with it."""
+
+    name: str
+    detail: str
+
+
 class Problem(Response):
-    """Every error of `/v1` (RFC 9457, `application/problem+json`)."""
+    """Every error of `/v1` (RFC 9457, `application/problem+json`). `errors` names each wrong input, if that was it."""
 
     type: str = "about:blank"
     title: str
     status: int
     detail: str
+    errors: list[WrongInput] = []
 
 
 class Page(Response, Generic[T]):
@@ -257,8 +265,10 @@ class LoadedVersion(Response):
 
 
 class ServingView(Response):
-    """What is served of a model now. `previous` is where a rollback goes; a version without a share of `split` is warm: it
-    answers when asked for by number."""
+    """What is served of a model now. `previous` is where a rollback goes.
+
+    A version without a share of `split` is warm: it answers when asked for by number.
+    """
 
     tenant: str
     model: str
@@ -268,3 +278,16 @@ class ServingView(Response):
     split: list[TrafficShare]
     versions: list[int]
     workers: list[LoadedVersion]
+
+
+# --- the Open Inference Protocol's part that people look at -----------------------------------------------------------
+
+
+class ModelMetadata(Response):
+    """A served model's inputs and outputs, as `GET /v2/models/{model}` tells them."""
+
+    name: str
+    versions: list[str] = []
+    platform: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
