@@ -1,18 +1,18 @@
 """Every error the client raises: the platform's own kinds (`lepton_common.errors`), told apart by HTTP status.
 
-    LeptonError
-    ├── Invalid               what was sent is wrong; the message names it
-    │   ├── TooLarge          more bytes than the platform takes
-    │   └── Unsupported       well formed, but nothing Lepton does
-    ├── Unauthenticated       no key, an unknown key, an expired key
-    ├── Forbidden             a valid key without the scope
-    ├── NotFound              no such thing for this tenant
-    ├── Conflict              the state does not allow it
-    ├── RolloutFailed         a version did not reach live traffic; the one before it serves on
-    └── Unavailable           the same call may succeed later (retryable)
-        ├── Unreachable       nothing answers at the platform's URL
-        ├── Limited           this caller or model is over its limit
-        └── DeadlineExceeded  the time for the call ran out
+LeptonError
+├── Invalid               what was sent is wrong; the message names it
+│   ├── TooLarge          more bytes than the platform takes
+│   └── Unsupported       well formed, but nothing Lepton does
+├── Unauthenticated       no key, an unknown key, an expired key
+├── Forbidden             a valid key without the scope
+├── NotFound              no such thing for this tenant
+├── Conflict              the state does not allow it
+├── RolloutFailed         a version did not reach live traffic; the one before it serves on
+└── Unavailable           the same call may succeed later (retryable)
+    ├── Unreachable       nothing answers at the platform's URL
+    ├── Limited           this caller or model is over its limit
+    └── DeadlineExceeded  the time for the call ran out
 """
 
 

@@ -1,0 +1,307 @@
+"""Everything a client can do, each operation once, as a flow (see `flow.py`)."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from numpy.typing import ArrayLike
+
+from lepton import tensors
+from lepton.errors import Conflict, DeadlineExceeded, NotFound, RolloutFailed
+from lepton.flow import (
+    Ask,
+    Flow,
+    OnProgress,
+    Progress,
+    ask,
+    checked,
+    get,
+    get_all,
+    parsed,
+    pause,
+    post,
+    post_request,
+    segment,
+    work,
+)
+from lepton.models import (
+    Batching,
+    CreatedKey,
+    Key,
+    Model,
+    ModelMetadata,
+    NewKey,
+    NewRollout,
+    NewTenant,
+    NewVersion,
+    Rollout,
+    RolloutState,
+    Scope,
+    ServingView,
+    Tenant,
+    TimelineEntry,
+    Version,
+)
+from lepton.upload import upload
+
+_POLL_S = 0.15
+# rollout hears of a new version over Kafka; until then it does not know the version that the registry just made.
+_HEARD_WITHIN_S = 30.0
+
+
+# --- tenants and keys -------------------------------------------------------------------------------------------------
+
+
+def tenants() -> Flow[list[Tenant]]:
+    """All tenants. Needs the scope `admin`."""
+    return get_all(Tenant, "/v1/tenants")
+
+
+def create_tenant(name: str) -> Flow[Tenant]:
+    """The tenant exists. Raises Conflict when it did before."""
+    return post(Tenant, "/v1/tenants", checked(NewTenant, name=name))
+
+
+def keys() -> Flow[list[Key]]:
+    """The tenant's keys, without their secrets."""
+    return get_all(Key, "/v1/keys")
+
+
+def create_key(
+    name: str,
+    *,
+    scopes: Sequence[Scope | str] = (Scope.INFER,),
+    tenant: str | None = None,
+    expires_at: datetime | None = None,
+) -> Flow[CreatedKey]:
+    """A new key; its secret is shown here and never again."""
+    wanted = checked(NewKey, name=name, scopes=list(scopes), tenant=tenant, expires_at=expires_at)
+    return post(CreatedKey, "/v1/keys", wanted)
+
+
+def revoke_key(key_id: str) -> Flow[None]:
+    """The key opens nothing any more. Raises NotFound."""
+    yield from ask(Ask(method="DELETE", path=f"/v1/keys/{segment(key_id)}"))
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def models() -> Flow[list[Model]]:
+    """The tenant's models."""
+    return get_all(Model, "/v1/models")
+
+
+def model(name: str) -> Flow[Model]:
+    """One model. Raises NotFound."""
+    return get(Model, f"/v1/models/{segment(name)}")
+
+
+def versions(model: str) -> Flow[list[Version]]:
+    """A model's versions. Raises NotFound when there is no such model."""
+    return get_all(Version, f"/v1/models/{segment(model)}/versions")
+
+
+def version(model: str, version: int) -> Flow[Version]:
+    """One version of a model. Raises NotFound."""
+    return get(Version, f"/v1/models/{segment(model)}/versions/{version}")
+
+
+def timeline(model: str) -> Flow[list[TimelineEntry]]:
+    """Every fact about a model, in order."""
+    return get_all(TimelineEntry, f"/v1/models/{segment(model)}/timeline")
+
+
+def push(
+    model: Any,
+    *,
+    name: str,
+    example: Any = None,
+    classes: Sequence[str] | None = None,
+    labels: Mapping[str, str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    batching: Batching | None = None,
+    deploy: bool = True,
+    wait: bool = True,
+    timeout: float = 300.0,
+    progress: OnProgress | None = None,
+) -> Flow[Version]:
+    """A version of the model `name`; bytes pushed before give the version they gave then.
+
+    `model` is an ONNX file's path, an `onnx.ModelProto`, a torch module (with `example`, an input or a tuple of inputs)
+    or a fitted scikit-learn estimator. `classes` names a classifier's classes; scikit-learn knows its own. `labels` and
+    `metrics` are kept with the version. With `deploy` all live traffic goes to it, and with `wait` this returns when it
+    does, after `timeout` seconds at most.
+
+    Raises Invalid when the model cannot be exported or served, RolloutFailed when no worker can load it,
+    DeadlineExceeded.
+    """
+    from lepton import export  # onnx, and what the model was made with, are loaded only by who pushes.
+
+    source = yield from work(lambda: export.to_onnx(model, example=example, classes=classes))
+    sha256 = yield from upload(source, progress=progress)
+    wanted = checked(
+        NewVersion,
+        sha256=sha256,
+        deploy=deploy,
+        batching=batching or Batching(),
+        metrics=dict(metrics or {}),
+        labels=dict(labels or {}),
+    )
+    path = f"/v1/models/{segment(name)}/versions"
+    # The registry answers the same bytes with the same version, so a repeat is harmless.
+    reply = yield from ask(post_request(path, wanted, repeatable=True))
+    pushed = parsed(Version, reply)
+    if deploy and not (yield from _serves(pushed)):
+        first = reply.status == 201 and pushed.version == 1
+        started = _automatic(pushed, timeout) if first else _start(name, pushed.version)
+        if wait or not first:
+            rollout = yield from started
+            if wait:
+                yield from wait_for(rollout, timeout=timeout, progress=progress)
+    return pushed
+
+
+# --- rollouts ---------------------------------------------------------------------------------------------------------
+
+
+def rollouts(model: str | None = None) -> Flow[list[Rollout]]:
+    """The rollouts of one model, or of all, the newest first."""
+    return get_all(Rollout, "/v1/rollouts", {"model": model} if model else {})
+
+
+def rollout(rollout_id: UUID | str) -> Flow[Rollout]:
+    """One rollout. Raises NotFound."""
+    return get(Rollout, f"/v1/rollouts/{segment(rollout_id)}")
+
+
+def serving(model: str) -> Flow[ServingView]:
+    """What is served of a model now. Raises NotFound when nothing ever was."""
+    return get(ServingView, f"/v1/serving/{segment(model)}")
+
+
+def deploy(
+    model: str, version: int, *, wait: bool = True, timeout: float = 300.0, progress: OnProgress | None = None
+) -> Flow[Rollout]:
+    """All live traffic goes to the version, with `wait` before this returns.
+
+    Raises NotFound, Conflict when another version is on its way, RolloutFailed, DeadlineExceeded.
+    """
+    started = yield from _start(model, version)
+    return (yield from wait_for(started, timeout=timeout, progress=progress)) if wait else started
+
+
+def rollback(
+    model: str, *, wait: bool = True, timeout: float = 300.0, progress: OnProgress | None = None
+) -> Flow[Rollout]:
+    """All live traffic goes back to the version that served before. Raises Conflict when there was none."""
+    started = yield from post(Rollout, f"/v1/serving/{segment(model)}/rollback")
+    return (yield from wait_for(started, timeout=timeout, progress=progress)) if wait else started
+
+
+def wait_for(rollout: Rollout, *, timeout: float = 300.0, progress: OnProgress | None = None) -> Flow[Rollout]:
+    """The rollout, promoted. Raises RolloutFailed with the reason, DeadlineExceeded after `timeout` seconds."""
+    start = now = yield from pause(0)
+    while True:
+        rollout = yield from get(Rollout, f"/v1/rollouts/{rollout.id}")
+        if progress:
+            progress(Progress(rollout.state, rollout.percent, 100))
+        name = f"{rollout.model} version {rollout.version}"
+        match rollout.state:
+            case RolloutState.PROMOTED:
+                return rollout
+            case RolloutState.FAILED:
+                raise RolloutFailed(f"{name} was not deployed: {rollout.reason}")
+        if now - start >= timeout:
+            raise DeadlineExceeded(
+                f"{name} is still {rollout.state} after {timeout:g} s.", hint=RolloutFailed.default_hint
+            )
+        now = yield from pause(_POLL_S)
+
+
+def _start(model: str, version_number: int) -> Flow[Rollout]:
+    """A rollout of the version: one that is on its way, else a new one."""
+    wanted = checked(NewRollout, model=model, version=version_number)
+    start = now = yield from pause(0)
+    while True:
+        try:
+            return (yield from post(Rollout, "/v1/rollouts", wanted))
+        except Conflict:
+            running = yield from _find_running(model, version_number)
+            if running is None:
+                raise
+            return running
+        except NotFound:
+            yield from version(model, version_number)  # Raises NotFound itself, unless rollout will hear of it soon.
+            if now - start >= _HEARD_WITHIN_S:
+                raise
+        now = yield from pause(_POLL_S)
+
+
+def _automatic(pushed: Version, timeout: float) -> Flow[Rollout]:
+    """The rollout that starts by itself when a model's first version is registered."""
+    start = now = yield from pause(0)
+    while now - start < timeout:
+        for each in (yield from rollouts(pushed.model)):
+            if each.version == pushed.version:
+                return each
+        now = yield from pause(_POLL_S)
+    raise DeadlineExceeded(
+        f"{pushed.model} version {pushed.version} is registered, but its rollout did not start in {timeout:g} s.",
+        hint="`lepton status` shows whether rollout and Kafka run; the rollout starts when they do.",
+    )
+
+
+def _find_running(model: str, version_number: int) -> Flow[Rollout | None]:
+    over = {RolloutState.PROMOTED, RolloutState.FAILED}
+    found = yield from rollouts(model)
+    return next((each for each in found if each.version == version_number and each.state not in over), None)
+
+
+def _serves(pushed: Version) -> Flow[bool]:
+    """Whether the version takes all live traffic already."""
+    try:
+        now = yield from serving(pushed.model)
+    except NotFound:
+        return False
+    return [(share.version, share.percent) for share in now.split] == [(pushed.version, 100)]
+
+
+# --- inference --------------------------------------------------------------------------------------------------------
+
+
+def metadata(model: str, *, version: int | None = None) -> Flow[ModelMetadata]:
+    """A served model's inputs and outputs. Raises NotFound, Unavailable when no worker has it ready."""
+    return get(ModelMetadata, _served_path(model, version))
+
+
+def infer(
+    model: str,
+    inputs: Mapping[str, ArrayLike],
+    *,
+    version: int | None = None,
+    outputs: Sequence[str] | None = None,
+    timeout: float = 30.0,
+) -> Flow[tensors.Outputs]:
+    """The model's outputs by name, computed in `timeout` seconds at most.
+
+    `version` None takes the version that live traffic goes to; `outputs` None takes all.
+
+    Raises Invalid naming the input that does not fit, NotFound, DeadlineExceeded, Unavailable.
+    """
+    headers, body = tensors.encode(inputs, outputs)
+    request = Ask(
+        method="POST",
+        path=f"{_served_path(model, version)}/infer",
+        headers={**headers, "x-request-timeout-ms": str(max(1, round(timeout * 1000)))},
+        body=body,
+        timeout_s=timeout,
+        repeatable=True,
+    )
+    reply = yield from ask(request)
+    return tensors.decode(reply.headers, reply.body)
+
+
+def _served_path(model: str, version: int | None) -> str:
+    return f"/v2/models/{segment(model)}" + ("" if version is None else f"/versions/{version}")
