@@ -3,7 +3,8 @@
     LeptonError
     ├── Invalid           the caller's input is wrong; the message names the input
     │   ├── TooLarge      more bytes or elements than allowed
-    │   └── Unsupported   a well-formed request for something Lepton does not do
+    │   ├── Unsupported   a well-formed request for something Lepton does not do
+    │   └── UnsupportedEncoding   a body in a Content-Encoding that is not read
     ├── Unauthenticated   no key, an unknown key, an expired key
     ├── Forbidden         a valid key without the scope
     ├── NotFound          no such thing for this tenant
@@ -37,6 +38,9 @@ class TooLarge(Invalid): ...
 class Unsupported(Invalid): ...
 
 
+class UnsupportedEncoding(Invalid): ...
+
+
 class Unauthenticated(LeptonError): ...
 
 
@@ -67,6 +71,7 @@ class DeadlineExceeded(Unavailable): ...
 _STATUS: tuple[tuple[type[LeptonError], int], ...] = (
     (TooLarge, 413),
     (Unsupported, 501),
+    (UnsupportedEncoding, 415),
     (Invalid, 400),
     (Unauthenticated, 401),
     (Forbidden, 403),
