@@ -6,7 +6,9 @@ from contextlib import asynccontextmanager, contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import UUID
 
+import asyncpg
 from alembic.config import Config
 from alembic.runtime.environment import EnvironmentContext
 from alembic.script import ScriptDirectory
@@ -35,9 +37,9 @@ Params = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 class Tx:
     """An open transaction. Tables of the service's schema are named plainly in its SQL."""
 
-    def __init__(self, connection: AsyncConnection, schema: str) -> None:
+    def __init__(self, connection: AsyncConnection, db: "Database") -> None:
         self._connection = connection
-        self._schema = schema
+        self._db = db
 
     async def execute(
         self, statement: str | Executable, params: Params | None = None
@@ -47,12 +49,20 @@ class Tx:
         with _unavailable():
             return await self._connection.execute(executable, params)
 
+    async def first_time(self, consumer: str, event_id: UUID) -> bool:
+        """Whether this consumer had not handled the event before; from this transaction's commit on, it has."""
+        noted = await self.execute(
+            "INSERT INTO handled (consumer, id) VALUES (:consumer, :id) ON CONFLICT DO NOTHING RETURNING id",
+            {"consumer": consumer, "id": event_id},
+        )
+        return noted.first() is not None
+
     async def emit(self, event: Event) -> None:
         """The event is in the outbox: sent once this transaction commits, and never if it does not.
 
         Events of one subject leave in the order of their commits when the subject's row was locked before.
         """
-        message = envelope.encode(event, self._schema)
+        message = envelope.encode(event, source=self._db.schema)
         row = {
             "id": event.id,
             "topic": message.topic,
@@ -60,7 +70,7 @@ class Tx:
             "type": type(event).__name__,
             "headers": json.dumps(message.headers),
             "payload": message.value,
-            "channel": outbox_channel(self._schema),
+            "channel": self._db.outbox_channel,
         }
         await self.execute(_EMIT, row)
 
@@ -70,6 +80,7 @@ class Database:
 
     def __init__(self, dsn: str, schema: str, *, pool_size: int = 10) -> None:
         self.schema = checked_name("schema", schema)
+        self.outbox_channel = f"{schema}_outbox"  # NOTIFY on it wakes the relay
         self.engine = create_async_engine(
             dsn.replace("postgresql://", "postgresql+asyncpg://", 1),
             pool_size=pool_size,
@@ -98,7 +109,7 @@ class Database:
         that happens at the commit, the transaction may have been committed all the same.
         """
         async with self.connection() as connection:
-            yield Tx(connection, self.schema)
+            yield Tx(connection, self)
             with _unavailable():
                 await connection.commit()
 
@@ -113,6 +124,20 @@ class Database:
             with _unavailable():
                 await connection.close()
 
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[asyncpg.Connection]:
+        """A connection of its own, closed at the end: for what lives as long as a session, advisory locks and LISTEN.
+
+        Inside the block everything that PostgreSQL raises for a passing reason becomes Unavailable.
+        """
+        async with self.connection() as connection:
+            raw = await connection.get_raw_connection()
+            try:
+                with _unavailable():
+                    yield raw.driver_connection
+            finally:
+                await connection.invalidate()
+
     async def ping(self) -> None:
         """PostgreSQL answers. Raises Unavailable when it does not."""
         async with self.transaction() as tx:
@@ -121,11 +146,6 @@ class Database:
     async def close(self) -> None:
         """No connection is left open."""
         await self.engine.dispose()
-
-
-def outbox_channel(schema: str) -> str:
-    """The NOTIFY channel that wakes the schema's relay."""
-    return f"{schema}_outbox"
 
 
 async def migrate(db: Database, package: str) -> None:
@@ -205,10 +225,11 @@ def _unavailable() -> Iterator[None]:
     """What PostgreSQL or the way to it raises for a passing reason becomes Unavailable."""
     try:
         yield
-    except (OSError, TimeoutError, PoolTimeout) as error:
+    except (OSError, TimeoutError, PoolTimeout, asyncpg.InterfaceError) as error:
         raise Unavailable("the database is not available", retry_after_s=1) from error
-    except DBAPIError as error:
-        state = str(getattr(error.orig, "sqlstate", None) or "")
-        if error.connection_invalidated or state.startswith(_TRANSIENT):
+    except (DBAPIError, asyncpg.PostgresError) as error:
+        lost = isinstance(error, DBAPIError) and error.connection_invalidated
+        state = str(getattr(getattr(error, "orig", error), "sqlstate", None) or "")
+        if lost or state.startswith(_TRANSIENT):
             raise Unavailable("the database is not available", retry_after_s=1) from error
         raise

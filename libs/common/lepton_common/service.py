@@ -1,0 +1,308 @@
+"""A service as a list of what it does; `run` starts it, keeps it going and ends it in order."""
+
+import asyncio
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import stamina
+import structlog
+import uvicorn
+import uvloop
+from prometheus_client import Counter
+from starlette.types import ASGIApp
+
+from lepton_common.bus import Bus
+from lepton_common.errors import Unavailable
+from lepton_common.events import Event
+from lepton_common.health import Check, Readiness
+from lepton_common.outbox import Relay
+from lepton_common.settings import Settings
+from lepton_common.telemetry import Telemetry
+
+if TYPE_CHECKING:  # Gateway and worker have no database and never load its client.
+    from lepton_common.db import Database, Tx
+
+# Longer than any event is kept, so that a replay of a whole topic still finds what was handled.
+REMEMBER_HANDLED_DAYS = 35
+# Above the idle time-out of the proxies in front, so that they and not we close idle connections.
+KEEP_ALIVE_S = 75
+
+E = TypeVar("E", bound=Event)
+Work = Callable[[], Awaitable[object]]
+
+_FIRST_BACKOFF_S = 0.1
+_LAST_BACKOFF_S = 10.0
+_HEALTHY_AFTER_S = 30.0
+_CLOSE_S = 5.0
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+
+class Server(Protocol):
+    """An HTTP server: `http11.Server`, or a FastAPI app on uvicorn."""
+
+    @property
+    def address(self) -> tuple[str, int]: ...
+
+    async def start(self, host: str, port: int) -> None: ...
+
+    async def drain(self, grace_s: float) -> None: ...
+
+
+class Service:
+    """What a service hears, does and serves. Nothing starts before `run`."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: Settings,
+        telemetry: Telemetry,
+        *,
+        db: "Database | None" = None,
+        bus: Bus | None = None,
+    ) -> None:
+        self.name = name
+        self.settings = settings
+        self.telemetry = telemetry
+        self.readiness = Readiness()
+        self._db = db
+        self._bus = bus
+        self._handlers: dict[type[Event], list[Callable[[Any], Awaitable[None]]]] = {}
+        self._decides: set[type[Event]] = set()
+        self._servers: list[Server] = []
+        self._prepares: list[Work] = []
+        self._background: list[Work] = []
+        self._periodic: list[tuple[float, Work]] = []
+        self._closes: list[Work] = []
+        self._failures = Counter(
+            f"lepton_{name}_task_failures",
+            "Failures of background and periodic work, which goes on.",
+            ["task"],
+            registry=telemetry.registry,
+        )
+
+    def decide(self, kind: type[E], handler: "Callable[[E, Tx], Awaitable[None]]") -> None:
+        """Each event of that kind takes effect once: `handler` and the note that it ran are one transaction."""
+        if self._db is None or kind in self._decides:
+            raise ValueError(f"{self.name} cannot decide {kind.__name__}: no database, or decided already")
+        self._decides.add(kind)
+        db, consumer = self._db, self.name
+
+        async def handle(event: E) -> None:
+            async with db.transaction() as tx:
+                if await tx.first_time(consumer, event.id):
+                    await handler(event, tx)
+
+        self._subscribe(kind, handle)
+
+    def act(self, kind: type[E], handler: Callable[[E], Awaitable[None]]) -> None:
+        """`handler` gets each event of that kind at least once. It must be harmless to repeat."""
+        self._subscribe(kind, handler)
+
+    def prepare(self, work: Work) -> None:
+        """`work` is done before the service is ready, in the order given, and again while it raises Unavailable."""
+        self._prepares.append(work)
+
+    def every(self, seconds: float, work: Work) -> None:
+        """`work` runs once the service is prepared, then `seconds` after each end. A failure is logged and counted."""
+        self._periodic.append((seconds, work))
+
+    def background(self, work: Work) -> None:
+        """`work` runs from the start, beside `prepare`. When it fails it is started again, after a growing pause."""
+        self._background.append(work)
+
+    def web(self, app: ASGIApp) -> None:
+        """The app is served on uvicorn. It must answer 503 until `readiness.started` (`web.create_app` sees to it)."""
+        self._servers.append(_Uvicorn(app))
+
+    def serve(self, server: Server) -> None:
+        """The server is started first of all, so that the service is live at once, and drained first of all."""
+        self._servers.append(server)
+
+    def on_close(self, work: Work) -> None:
+        """`work` is done at the end, after all that was registered later."""
+        self._closes.append(work)
+
+    def ready(self, name: str, check: Check) -> None:
+        """The service is ready only while `check` returns None; otherwise it returns the reason."""
+        self.readiness.add(name, check)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serves until `stop` is set, then ends in order. Raises what ended it early, after ending in order too."""
+        working = asyncio.create_task(self._work())
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            for server in self._servers:
+                await server.start(self.settings.host, self.settings.port)
+                _log.info("listening", address="{}:{}".format(*server.address))
+            await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.readiness.draining = True
+            stopping.cancel()
+            await self._close(working)
+        if not working.cancelled() and (error := working.exception()):
+            raise error
+
+    def _subscribe(self, kind: type[E], handler: Callable[[E], Awaitable[None]]) -> None:
+        if self._bus is None:
+            raise ValueError(f"{self.name} cannot hear {kind.__name__}: it has no bus")
+        handlers = self._handlers.setdefault(kind, [])
+        if not handlers:
+            self._bus.subscribe(kind, lambda event: self._handle(event))
+        handlers.append(handler)
+
+    async def _handle(self, event: Event) -> None:
+        # A later handler's failure brings the event again to the earlier ones, to whom a repeat is harmless.
+        for handler in self._handlers[type(event)]:
+            await handler(event)
+
+    async def _work(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for work in self._background:
+                group.create_task(self._keep_going(work))
+            for work in self._prepares:
+                await self._until_available(work)
+            if self._db and self._bus:
+                relay = Relay(self._db, self._bus, self.name, self.telemetry.registry)
+                group.create_task(self._keep_going(relay.run))
+            if self._bus and self._handlers:
+                group.create_task(self._keep_going(self._bus.run))
+            if self._decides:
+                group.create_task(self._repeat(3600, self._forget_handled))
+            for seconds, work in self._periodic:
+                group.create_task(self._repeat(seconds, work))
+            self.readiness.started = True
+            _log.info("ready")
+            await asyncio.Event().wait()
+
+    async def _until_available(self, work: Work) -> None:
+        reason: str | None = None
+        self.readiness.add(_name(work), lambda: reason)
+        async for attempt in stamina.retry_context(
+            on=Unavailable, attempts=None, timeout=None, wait_initial=0.1, wait_max=2.0
+        ):
+            with attempt:
+                try:
+                    await work()
+                except Unavailable as error:
+                    reason = error.message
+                    raise
+        reason = None
+
+    async def _keep_going(self, work: Work) -> None:
+        backoff_s = _FIRST_BACKOFF_S
+        while True:
+            began = time.monotonic()
+            try:
+                await work()
+                return
+            except Exception:
+                self._failed(work)
+            if time.monotonic() - began > _HEALTHY_AFTER_S:
+                backoff_s = _FIRST_BACKOFF_S
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
+
+    async def _repeat(self, seconds: float, work: Work) -> None:
+        while True:
+            try:
+                await work()
+            except Exception:
+                self._failed(work)
+            await asyncio.sleep(seconds)
+
+    def _failed(self, work: Work) -> None:
+        self._failures.labels(_name(work)).inc()
+        _log.exception("task failed", task=_name(work))
+
+    async def _forget_handled(self) -> None:
+        assert self._db is not None
+        async with self._db.transaction() as tx:
+            await tx.execute(
+                "DELETE FROM handled WHERE at < now() - make_interval(days => :days)", {"days": REMEMBER_HANDLED_DAYS}
+            )
+
+    async def _close(self, working: asyncio.Task[None]) -> None:
+        grace_s = self.settings.drain_s
+        await asyncio.gather(*(self._close_one(partial(server.drain, grace_s), grace_s) for server in self._servers))
+        working.cancel()
+        await asyncio.wait({working}, timeout=_CLOSE_S)
+        resources = [self._bus.close] if self._bus else []
+        if self._db:
+            resources.append(self._db.close)
+        for work in (*reversed(self._closes), *resources):
+            await self._close_one(work, 0)
+
+    async def _close_one(self, work: Work, grace_s: float) -> None:
+        try:
+            async with asyncio.timeout(grace_s + _CLOSE_S):
+                await work()
+        except Exception:
+            self._failed(work)
+
+
+def run(service: Service) -> None:
+    """The process is this service until SIGTERM or SIGINT; then it turns not ready, drains, closes, and this returns."""
+
+    async def until_signal() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for each in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(each, stop.set)
+        await service.run(stop)
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(until_signal())
+    finally:
+        service.telemetry.close()
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn inside our loop: the port is bound before it starts, and signals are ours."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+        )
+        super().__init__(config)
+        self._socket: socket.socket | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        assert self._socket is not None, "not started"
+        host, port, *_ = self._socket.getsockname()
+        return host, port
+
+    async def start(self, host: str, port: int) -> None:
+        self._socket = socket.create_server((host, port), backlog=2048)
+        self._serving = asyncio.create_task(self.serve(sockets=[self._socket]))
+
+    async def drain(self, grace_s: float) -> None:
+        if self._serving is not None:
+            self.config.timeout_graceful_shutdown = int(grace_s)
+            self.should_exit = True
+            await self._serving
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _name(work: Work) -> str:
+    inner = getattr(work, "func", work)  # what functools.partial wraps
+    return str(getattr(inner, "__qualname__", inner))
