@@ -1,0 +1,67 @@
+"""Fetches Kafka's jars with Maven: `python -m lepton.kafka_jars FOLDER`, once per machine."""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+KAFKA_VERSION = "4.4.0"
+LOG4J_VERSION = "2.25.5"  # the one this Kafka brings; the binding must match it
+
+_POM = f"""\
+<project>
+  <modelVersion>4.0.0</modelVersion>
+  <groupId>lepton</groupId>
+  <artifactId>kafka</artifactId>
+  <version>1</version>
+  <dependencies>
+    <dependency>
+      <groupId>org.apache.kafka</groupId>
+      <artifactId>kafka_2.13</artifactId>
+      <version>{KAFKA_VERSION}</version>
+    </dependency>
+    <dependency>
+      <groupId>org.apache.logging.log4j</groupId>
+      <artifactId>log4j-slf4j-impl</artifactId>
+      <version>{LOG4J_VERSION}</version>
+    </dependency>
+  </dependencies>
+</project>
+"""
+
+
+def fetch_kafka(into: Path) -> bool:
+    """True when `into` has the jars of Kafka (43 MB), fetched now if it lacked them; False when Maven is not there.
+
+    Raises subprocess.CalledProcessError when Maven fails, having said why on the terminal."""
+    wanted = [f"kafka_2.13-{KAFKA_VERSION}.jar", f"log4j-slf4j-impl-{LOG4J_VERSION}.jar"]
+    if all((into / jar).exists() for jar in wanted):
+        return True
+    maven = shutil.which("mvn")
+    if maven is None:
+        return False
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=into.parent) as folder:
+        (Path(folder) / "pom.xml").write_text(_POM)
+        goal = ["dependency:copy-dependencies", "-DincludeScope=runtime", "-DoutputDirectory=libs"]
+        subprocess.run([maven, "--batch-mode", "--quiet", *goal], cwd=folder, check=True)
+        # Renamed when whole: an interrupted fetch leaves nothing that looks like Kafka.
+        shutil.rmtree(into, ignore_errors=True)
+        (Path(folder) / "libs").rename(into)
+    return True
+
+
+def main() -> None:
+    into = Path(sys.argv[1])
+    if fetch_kafka(into):
+        sys.stdout.write(f"Kafka {KAFKA_VERSION} is in {into}\n")
+    else:
+        sys.stdout.write(
+            "WARNING: Maven (mvn) is not on PATH, so Kafka's jars were not fetched.\n"
+            "Lepton will run on librdkafka's mock broker: events do not survive a restart.\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

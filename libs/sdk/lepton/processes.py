@@ -1,0 +1,205 @@
+"""One process of the local platform: started from a recipe, recognised later by pid and start time, always stopped."""
+
+import contextlib
+import http.client
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+# Below the range the kernel picks outgoing ports from, so that a client cannot take a stopped server's port.
+_PORTS = range(20_000, 32_000)
+
+
+class StartFailed(Exception):
+    """A part did not become ready. The message says which, why, and ends with the last lines of its log."""
+
+
+class Recipe(Protocol):
+    """How to run one part. Everything it writes lives under `folder`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def stop_signal(self) -> signal.Signals:
+        """Asks the process to end cleanly."""
+        ...
+
+    def prepare(self) -> None:
+        """Everything on disk that the process needs is there. Repeating it changes nothing. Raises StartFailed."""
+        ...
+
+    def argv(self) -> list[str]: ...
+    def environment(self) -> dict[str, str]:
+        """Added to the environment of the caller."""
+        ...
+
+    def not_ready(self) -> str | None:
+        """None when the part answers now, else what is missing. Takes a second at most."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A process that cannot be confused with a later one of the same pid. `started` is in seconds since the epoch."""
+
+    pid: int
+    started: float
+
+    @classmethod
+    def of(cls, process: psutil.Process) -> "Identity":
+        return cls(process.pid, process.create_time())
+
+    def find(self) -> psutil.Process | None:
+        """The process, or None when it has ended, be it that another has its pid now."""
+        try:
+            process = psutil.Process(self.pid)
+            # A clock that was set moves every start time a little, so equality would be too strict.
+            same = abs(process.create_time() - self.started) < 1
+            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        except psutil.NoSuchProcess:
+            return None
+
+
+class Process:
+    """A running part: a child of this process, or one adopted from a supervisor that died."""
+
+    def __init__(self, recipe: Recipe, process: psutil.Process, log: Path) -> None:
+        self.recipe = recipe
+        self.log = log
+        self._process = process
+        self.identity = Identity.of(process)
+
+    @classmethod
+    def start(cls, recipe: Recipe, log: Path | None = None) -> "Process":
+        """The recipe's process, prepared and spawned but not yet ready. Its output is appended to `log`,
+        by default `<folder>/<name>.log`. Raises StartFailed."""
+        recipe.folder.mkdir(parents=True, exist_ok=True)
+        recipe.prepare()
+        log = log or recipe.folder / f"{recipe.name}.log"
+        with log.open("ab") as out:
+            # A session of its own: Ctrl-C in the terminal is the supervisor's to handle, in order.
+            process = psutil.Popen(
+                recipe.argv(),
+                env={**os.environ, **recipe.environment()},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return cls(recipe, process, log)
+
+    @property
+    def pid(self) -> int:
+        return self.identity.pid
+
+    def alive(self) -> bool:
+        return self.identity.find() is not None
+
+    def wait_ready(self, timeout_s: float = 30.0) -> None:
+        """The part answers. Raises StartFailed when it ends before or `timeout_s` passes."""
+        deadline = time.monotonic() + timeout_s
+        while (reason := self.recipe.not_ready()) is not None:
+            # Waiting for the process itself is the pause between two probes.
+            if self.wait(0.03):
+                raise StartFailed(f"{self.recipe.name} ended while starting\n{tail(self.log)}")
+            if time.monotonic() > deadline:
+                raise StartFailed(f"{self.recipe.name} not ready after {timeout_s:g} s: {reason}\n{tail(self.log)}")
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """True when the process has ended, within `timeout_s`."""
+        try:
+            self._process.wait(timeout_s)
+        except psutil.TimeoutExpired:
+            return False
+        return True
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """The process has ended: cleanly when it managed to in `timeout_s`, else killed with its children."""
+        self.send(self.recipe.stop_signal)
+        if not self.wait(timeout_s):
+            self.kill()
+
+    def kill(self) -> None:
+        """The process and its children have ended by SIGKILL."""
+        children: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = self._process.children(recursive=True)
+        self.send(signal.SIGKILL)
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        self.wait(10.0)
+
+    def send(self, number: signal.Signals) -> None:
+        """The signal was delivered, unless the process has ended."""
+        if process := self.identity.find():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+
+@contextlib.contextmanager
+def running(recipe: Recipe, timeout_s: float = 30.0) -> Iterator[Process]:
+    """The recipe's process, ready, and stopped at the end of the block."""
+    process = Process.start(recipe)
+    try:
+        process.wait_ready(timeout_s)
+        yield process
+    finally:
+        process.stop()
+
+
+def free_ports(count: int) -> list[int]:
+    """`count` distinct TCP ports on which nothing listens on loopback now."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.choice(_PORTS)  # noqa: S311 - spreads, guards nothing
+        if port not in found and is_free(port):
+            found.append(port)
+    return found
+
+
+def free_port() -> int:
+    return free_ports(1)[0]
+
+
+def is_free(port: int) -> bool:
+    """True when a server could listen on the loopback port now."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def http_get(port: int, path: str, timeout_s: float = 1.0) -> tuple[int, bytes]:
+    """Status and body of a GET on loopback. Raises OSError when nobody answers properly."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read()
+    except http.client.HTTPException as error:
+        raise ConnectionError(str(error)) from error
+    finally:
+        connection.close()
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    """The last lines of a log file, for an error message."""
+    with contextlib.suppress(FileNotFoundError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 16_384))
+        return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+    return ""

