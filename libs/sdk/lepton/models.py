@@ -224,16 +224,20 @@ class NewRollout(Request):
 
 
 class RolloutState(StrEnum):
-    """Workers load the version, then the mesh shifts traffic to it. `promoted` and `failed` are ends."""
+    """Workers load the version, then the mesh shifts traffic to it. `promoted` and `failed` are ends.
+
+    `failing` takes the version off the workers again; the traffic is where it was.
+    """
 
     LOADING = "loading"
     SHIFTING = "shifting"
     PROMOTED = "promoted"
+    FAILING = "failing"
     FAILED = "failed"
 
 
 class Rollout(Response):
-    """A version's way to live traffic. `previous` served before it, `percent` is its share of traffic now."""
+    """A version's way to live traffic. `previous` served before it, `percent` is the share it brought its version to."""
 
     id: UUID
     tenant: str
@@ -247,6 +251,12 @@ class Rollout(Response):
     actor: str = ""
     started_at: datetime
     finished_at: datetime | None = None
+
+
+class VersionChoice(Request):
+    """A version to load or unload; None means the model itself."""
+
+    version: VersionNumber | None = None
 
 
 class TrafficShare(Response):
