@@ -88,6 +88,8 @@ def _parse(path: Path) -> onnx.ModelProto:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             model.ParseFromString(memoryview(data))
     except (DecodeError, ValueError) as error:  # ValueError: an empty file cannot be mapped.
+        if "alloc" in str(error):
+            raise MemoryError from error
         raise Invalid("not an ONNX model: the bytes are not an ONNX protobuf") from error
     if not model.ir_version or not model.HasField("graph"):
         raise Invalid("not an ONNX model: it has no graph")

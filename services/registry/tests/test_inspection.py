@@ -240,6 +240,15 @@ async def test_file_that_crashes_the_check_is_refused(tmp_path: Path) -> None:
         await ChildInspector(timeout_s=60).inspect(tmp_path)
 
 
+async def test_small_file_that_unfolds_to_gigabytes_is_refused(tmp_path: Path) -> None:
+    empty_nodes = b"\x0a\x00" * 8_000_000
+    bomb = tmp_path / "model"
+    # ir_version = 10, then the graph: 2 bytes in the file become more than 100 in memory.
+    bomb.write_bytes(b"\x08\x0a\x3a" + b"\x80\xc8\xd0\x07" + empty_nodes)
+    with pytest.raises(Invalid, match="MiB of memory"):
+        await ChildInspector(timeout_s=60).inspect(bomb)
+
+
 async def test_many_files_are_checked_a_few_at_a_time(tmp_path: Path) -> None:
     path = saved(tmp_path, model())
     inspector = ChildInspector(timeout_s=60, at_once=1)

@@ -1,0 +1,27 @@
+"""What the registry does when something happened: it tells it on the model's timeline, and moves `production`."""
+
+from lepton_common.db import Tx
+from lepton_common.events import ModelEvent, RolloutFinished, VersionPromoted
+from lepton_common.types import VersionRef
+
+from lepton_registry import store
+from lepton_registry.domain import PRODUCTION, VersionState, entry, state_after
+
+
+async def on_fact(event: ModelEvent, tx: Tx) -> None:
+    """Decide: the fact is on its model's timeline."""
+    await store.add_entry(tx, entry(event))
+
+
+async def on_rollout_finished(event: RolloutFinished, tx: Tx) -> None:
+    """Decide: the version knows how its rollout ended; a promoted one is `production` now."""
+    await store.add_entry(tx, entry(event))
+    model = await store.lock_model(tx, event.ref)
+    version = VersionRef(event.ref, event.version)
+    await store.get_version(tx, version)
+    state = state_after(event.outcome)
+    await store.save_state(tx, version, state, event.reason)
+    previous = model.aliases.get(PRODUCTION)
+    if state is VersionState.PROMOTED and previous != event.version:
+        await store.save_alias(tx, version, PRODUCTION)
+        await tx.emit(VersionPromoted(tenant=event.tenant, model=event.model, version=event.version, previous=previous))

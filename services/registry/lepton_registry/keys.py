@@ -1,0 +1,54 @@
+"""API keys as etcd holds them: written here only, mirrored by every service."""
+
+import contextlib
+from datetime import datetime
+
+from lepton_common.errors import Conflict
+from lepton_common.etcd import EtcdClient
+from lepton_common.records import KEYS, KeyRecord, Scope
+
+from lepton_registry.domain import DEFAULT_TENANT
+
+_ID_CHARS = 16
+
+
+def id_of(sha256: str) -> str:
+    """The id of the key with that digest: enough of it to be unique, and of no use to find the secret."""
+    return sha256[:_ID_CHARS]
+
+
+async def list_keys(etcd: EtcdClient, tenant: str) -> list[KeyRecord]:
+    """The tenant's keys, the oldest first."""
+    found, _ = await etcd.list(KEYS)
+    records = (KeyRecord.model_validate_json(each.value) for each in found)
+    return sorted((each for each in records if each.tenant == tenant), key=lambda each: (each.created_at, each.id))
+
+
+async def add_key(etcd: EtcdClient, sha256: str, record: KeyRecord) -> None:
+    """The key is in etcd, hence valid wherever a service has heard of it. Raises Conflict when it was there."""
+    await etcd.put_if_unchanged(KEYS + sha256, record.model_dump_json().encode(), 0)
+
+
+async def find_key(etcd: EtcdClient, key_id: str) -> tuple[str, KeyRecord] | None:
+    """The key with that id, and the digest of its secret."""
+    found, _ = await etcd.list(KEYS + key_id)
+    return next(((each.key.removeprefix(KEYS), KeyRecord.model_validate_json(each.value)) for each in found), None)
+
+
+async def remove_key(etcd: EtcdClient, sha256: str) -> None:
+    """The key is no longer in etcd, hence refused everywhere as soon as the services hear of it."""
+    await etcd.delete(KEYS + sha256)
+
+
+async def ensure_bootstrap_key(etcd: EtcdClient, sha256: str, now: datetime) -> None:
+    """The operator's first key, of which only the digest is known here, exists."""
+    record = KeyRecord(
+        id=id_of(sha256),
+        prefix="lp_",
+        tenant=DEFAULT_TENANT,
+        name="bootstrap",
+        scopes=frozenset(Scope),
+        created_at=now,
+    )
+    with contextlib.suppress(Conflict):
+        await add_key(etcd, sha256, record)

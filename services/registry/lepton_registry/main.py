@@ -1,0 +1,77 @@
+"""registry knows what there is: tenants, keys, artifacts, models, versions, and every model's timeline.
+
+hears: every fact about a model (registry, rollout)
+says:  ModelCreated, VersionRegistered, VersionPromoted
+owns:  schema registry, the blobs, etcd /lepton/keys
+"""
+
+import time
+from datetime import UTC, datetime
+from functools import partial
+
+from lepton_common import events
+from lepton_common.auth import Keys
+from lepton_common.blobs import Blobs
+from lepton_common.bus import Bus
+from lepton_common.db import Database, migrate
+from lepton_common.etcd import EtcdClient
+from lepton_common.events import ModelEvent, RolloutFinished
+from lepton_common.kafka import KafkaBus
+from lepton_common.kafka_client import ensure_topics
+from lepton_common.service import Service, run
+from lepton_common.telemetry import Telemetry, configure
+from lepton_common.web import create_app
+
+from lepton_registry import api, api_artifacts
+from lepton_registry.handlers import on_fact, on_rollout_finished
+from lepton_registry.inspector import ChildInspector
+from lepton_registry.keys import ensure_bootstrap_key
+from lepton_registry.settings import Settings
+from lepton_registry.uploads import Staging
+
+_SWEEP_EVERY_S = 600.0
+
+
+def build(settings: Settings, telemetry: Telemetry, db: Database, etcd: EtcdClient, bus: Bus) -> Service:
+    """The whole service. Several may share everything but the staging folder."""
+    keys = Keys(etcd)
+    staging = Staging(settings.staging, settings.max_artifact_bytes)
+    inspector = ChildInspector(settings.inspection_timeout_s)
+
+    async def sweep() -> None:
+        await staging.sweep(before_s=time.time() - settings.staging_max_age_s)
+
+    service = Service("registry", settings, telemetry, db=db, bus=bus)
+    service.on_close(etcd.close)
+    service.background(keys.mirror.run)
+    service.prepare(partial(migrate, db, "lepton_registry"))
+    if digest := settings.bootstrap_key_sha256:
+        service.prepare(partial(ensure_bootstrap_key, etcd, digest, datetime.now(UTC)))
+    service.prepare(keys.mirror.synced)
+    service.every(_SWEEP_EVERY_S, sweep)
+    for kind in events.types():
+        if issubclass(kind, ModelEvent) and kind is not RolloutFinished:
+            service.decide(kind, on_fact)
+    service.decide(RolloutFinished, on_rollout_finished)
+
+    app = create_app(service, keys, unlimited=[api_artifacts.PREFIX])
+    app.state.parts = api.Parts(db, etcd, Blobs(settings.blobs), staging, inspector)
+    app.include_router(api.router)
+    app.include_router(api_artifacts.router)
+    service.web(app)
+    return service
+
+
+def main() -> None:
+    """The process: runs until SIGTERM."""
+    settings = Settings.read()
+    telemetry = configure("registry", settings)
+    db = Database(settings.postgres_dsn, "registry")
+    service = build(settings, telemetry, db, EtcdClient(settings.etcd), KafkaBus(settings.kafka, "registry", telemetry))
+    # Not awaited before the start: models can be pushed while Kafka is away, their events wait in the outbox.
+    service.background(partial(ensure_topics, settings.kafka))
+    run(service)
+
+
+if __name__ == "__main__":
+    main()
