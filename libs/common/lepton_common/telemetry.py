@@ -4,11 +4,12 @@ Metrics are named `lepton_<service>_<what>_<unit>`. Logging never blocks and nev
 take in time are dropped and counted.
 """
 
+import json
 import logging
 import queue
 import sys
 import threading
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, MutableMapping, Sequence
 from typing import IO, Any
 
 import orjson
@@ -31,9 +32,6 @@ METRICS_CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 _QUEUED_LINES = 10_000
 _CLOSE_S = 2.0
-
-Headers = list[tuple[bytes, bytes]]  # of HTTP; names in lower case
-KafkaHeaders = list[tuple[str, bytes]]
 
 
 class Telemetry:
@@ -79,10 +77,10 @@ def configure(
 class LineWriter:
     """Writes lines from its own thread, so that a reader who stops reading (a full pipe) never stops the service."""
 
-    def __init__(self, out: IO[bytes], dropped: Counter, queued_lines: int = _QUEUED_LINES) -> None:
+    def __init__(self, out: IO[bytes], dropped: Counter) -> None:
         self._out = out
         self._dropped = dropped
-        self._queue: queue.Queue[bytes | None] = queue.Queue(queued_lines)
+        self._queue: queue.Queue[bytes | None] = queue.Queue(_QUEUED_LINES)
         self._thread = threading.Thread(target=self._write, name="log-lines", daemon=True)
         self._thread.start()
 
@@ -132,11 +130,15 @@ class _Handler(logging.Handler):
         self.lines = lines
 
     def emit(self, record: logging.LogRecord) -> None:
-        event: Any = {"event": record.getMessage(), "logger": record.name, "level": record.levelname.lower()}
+        level = record.levelname.lower()
+        try:
+            event: Any = {"event": record.getMessage(), "logger": record.name, "level": level}
+        except (TypeError, ValueError):  # Arguments that do not fit their format are no reason to lose the line.
+            event = {"event": str(record.msg), "logger": record.name, "level": level}
         if record.exc_info:
             event["exc_info"] = record.exc_info
         for processor in self._processors:
-            event = processor(None, record.levelname.lower(), event)
+            event = processor(None, level, event)
         self.lines.put(event)
 
 
@@ -176,7 +178,10 @@ def _add_trace_ids(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableM
 
 
 def _render(_: Any, __: str, event: MutableMapping[str, Any]) -> bytes:
-    return orjson.dumps(event, default=repr, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
+    try:
+        return orjson.dumps(event, default=repr, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
+    except TypeError:  # What orjson refuses: integers over 64 bits, half a surrogate pair.
+        return json.dumps(event, default=repr, skipkeys=True).encode() + b"\n"
 
 
 def _tracer_provider(service: str, otlp: str) -> TracerProvider:
@@ -196,36 +201,32 @@ def _tracer_provider(service: str, otlp: str) -> TracerProvider:
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
-class _HttpHeaders(Getter[Headers], Setter[Headers]):
-    def get(self, carrier: Headers, key: str) -> list[str] | None:
+class _FromPairs(Getter[Collection[tuple[bytes, bytes]]]):
+    def get(self, carrier: Collection[tuple[bytes, bytes]], key: str) -> list[str] | None:
         name = key.encode()
         return [value.decode("latin-1") for each, value in carrier if each == name] or None
 
-    def keys(self, carrier: Headers) -> list[str]:
+    def keys(self, carrier: Collection[tuple[bytes, bytes]]) -> list[str]:
         return [name.decode("latin-1") for name, _ in carrier]
 
-    def set(self, carrier: Headers, key: str, value: str) -> None:
+
+class _ToPairs(Setter[list[tuple[bytes, bytes]]]):
+    def set(self, carrier: list[tuple[bytes, bytes]], key: str, value: str) -> None:
         carrier.append((key.encode(), value.encode("latin-1")))
 
 
-_HTTP = _HttpHeaders()
+_FROM_PAIRS = _FromPairs()
+_TO_PAIRS = _ToPairs()
 
 
-def inject(headers: Headers) -> None:
-    """`headers` end with the current span's `traceparent` (and `tracestate`); unchanged outside of a span."""
-    _PROPAGATOR.inject(headers, setter=_HTTP)
+def inject(headers: list[tuple[bytes, bytes]]) -> None:
+    """HTTP's `headers` end with the current span's `traceparent` (and `tracestate`); unchanged outside of a span."""
+    _PROPAGATOR.inject(headers, setter=_TO_PAIRS)
 
 
-def extract(headers: Headers) -> Context:
-    """The caller's trace context, to start a span in; an empty one when there is none or it is malformed."""
-    return _PROPAGATOR.extract(headers, context=Context(), getter=_HTTP)
-
-
-def inject_kafka(headers: KafkaHeaders) -> None:
-    """As `inject`, for a Kafka record's headers."""
-    added: Headers = []
-    inject(added)
-    headers.extend((name.decode(), value) for name, value in added)
+def extract(headers: Collection[tuple[bytes, bytes]]) -> Context:
+    """The trace context in HTTP's headers (names in lower case), to start a span in; empty when absent or malformed."""
+    return _PROPAGATOR.extract(headers, context=Context(), getter=_FROM_PAIRS)
 
 
 def extract_kafka(headers: Iterable[tuple[str, bytes]]) -> Context:
