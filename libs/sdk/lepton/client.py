@@ -9,11 +9,13 @@ from typing import Any, Generic, ParamSpec, Self, TypeVar, overload
 import httpx
 import orjson
 import stamina
+from pydantic import ValidationError
 
 from lepton import operations, upload
 from lepton.endpoint import Endpoint, find_endpoint
 from lepton.errors import DeadlineExceeded, LeptonError, Unreachable, error_of
 from lepton.flow import Ask, Flow, Pause, Reply, Work
+from lepton.models import Problem
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -78,11 +80,9 @@ class Client(_Operations):
     URL and key: the arguments, else LEPTON_URL and LEPTON_API_KEY, else the local platform's.
     """
 
-    def __init__(
-        self, url: str | None = None, key: str | None = None, *, transport: httpx.BaseTransport | None = None
-    ) -> None:
+    def __init__(self, url: str | None = None, key: str | None = None) -> None:
         self.endpoint = find_endpoint(url, key)
-        self._http = httpx.Client(transport=transport, **_http_options(self.endpoint))
+        self._http = httpx.Client(**_http_options(self.endpoint))
 
     def __enter__(self) -> Self:
         return self
@@ -131,11 +131,9 @@ class Client(_Operations):
 class AsyncClient(_Operations):
     """The same for asyncio: every operation returns something to await."""
 
-    def __init__(
-        self, url: str | None = None, key: str | None = None, *, transport: httpx.AsyncBaseTransport | None = None
-    ) -> None:
+    def __init__(self, url: str | None = None, key: str | None = None) -> None:
         self.endpoint = find_endpoint(url, key)
-        self._http = httpx.AsyncClient(transport=transport, **_http_options(self.endpoint))
+        self._http = httpx.AsyncClient(**_http_options(self.endpoint))
 
     async def __aenter__(self) -> Self:
         return self
@@ -242,13 +240,20 @@ def _reply(response: httpx.Response, ask: Ask) -> Reply:
 
 
 def _message(response: httpx.Response) -> str:
-    """What a problem (`detail`) or an OIP error (`error`) says; its status when it is neither."""
+    """What a problem of `/v1` or an error of `/v2` says; the status when it is neither."""
+    try:
+        problem = Problem.model_validate_json(response.content)
+    except ValidationError:
+        return _oip_message(response) or f"The platform answered {response.status_code} {response.reason_phrase}."
+    return "\n".join((problem.detail, *(f"{wrong.name}: {wrong.detail}" for wrong in problem.errors)))
+
+
+def _oip_message(response: httpx.Response) -> str | None:
     try:
         body = orjson.loads(response.content)
     except orjson.JSONDecodeError:
-        body = None
-    text = (body.get("detail") or body.get("error")) if isinstance(body, dict) else None
-    return str(text or f"The platform answered {response.status_code} {response.reason_phrase}.")
+        return None
+    return str(body["error"]) if isinstance(body, dict) and "error" in body else None
 
 
 def _transport_error(error: httpx.HTTPError, endpoint: Endpoint, ask: Ask) -> LeptonError:

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 import onnx
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
@@ -46,10 +48,13 @@ def _is_a(model: object, module: str, name: str) -> bool:
 def _from_path(path: Path, classes: Sequence[str] | None) -> Path | bytes:
     if not path.is_file():
         raise Invalid(f"There is no file {str(path)!r}.")
+    not_onnx = Invalid(f"{path.name} is not an ONNX file.", hint=f"Give {_KINDS}.")
     try:
         model = onnx.load(path, load_external_data=False)
     except DecodeError as error:
-        raise Invalid(f"{path.name} is not an ONNX file.", hint=f"Give {_KINDS}.") from error
+        raise not_onnx from error
+    if not model.HasField("graph"):
+        raise not_onnx
     beside = _files_beside(model)
     if not beside and classes is None:
         return path
@@ -141,15 +146,14 @@ def _from_sklearn(estimator: Any) -> onnx.ModelProto:
         raise Invalid(f"{name} is not fitted yet.", hint="Call its fit() first.") from error
     inputs = [("input", FloatTensorType([None, estimator.n_features_in_]))]
     # Without a name skl2onnx invents a random one, and the same model would be other bytes each time.
-    convert = {"name": name, "initial_types": inputs}
+    convert = partial(convert_sklearn, estimator, name, inputs)
     try:
-        if not is_classifier(estimator):
-            return _with_sorted_opsets(convert_sklearn(estimator, **convert))
-        try:
-            # Probabilities as a tensor: OIP has no list of maps.
-            exported = convert_sklearn(estimator, options={id(estimator): {"zipmap": False}}, **convert)
-        except NameError:
-            exported = convert_sklearn(estimator, **convert)  # Its converter has no ZipMap to turn off.
+        with catch_warnings(action="ignore"):  # skl2onnx reads attributes that scikit-learn will rename.
+            try:
+                # Probabilities as a tensor: OIP has no list of maps.
+                exported = convert(options={id(estimator): {"zipmap": False}} if is_classifier(estimator) else None)
+            except NameError:
+                exported = convert()  # Its converter has no ZipMap to turn off.
     except Exception as error:  # Every converter has its own kinds; all of them mean that this model is not supported.
         raise Invalid(f"skl2onnx cannot export {name}: {_first_line(error)}") from error
     return _with_sorted_opsets(exported)

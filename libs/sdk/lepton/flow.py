@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import quote
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from lepton.errors import Invalid, LeptonError
 from lepton.models import Page
@@ -107,27 +107,32 @@ def post_request(path: str, content: BaseModel | None = None, *, repeatable: boo
     return Ask(method="POST", path=path, headers=headers, body=body, repeatable=repeatable)
 
 
-def get_all(kind: type[M], path: str, query: Mapping[str, str] | None = None) -> Flow[list[M]]:
-    """All items of a list, from as many pages as it has."""
+def get_list(kind: type[M], path: str, query: Mapping[str, str] | None = None) -> Flow[list[M]]:
+    """All items of a short list, which comes whole."""
+    reply = yield from ask(Ask(method="GET", path=path, query=query or {}, repeatable=True))
+    return parsed(list[kind], reply)  # type: ignore[valid-type]  # mypy takes no type from a variable.
+
+
+def get_pages(kind: type[M], path: str) -> Flow[list[M]]:
+    """All items of a long list, from as many pages as it has."""
     items: list[M] = []
     cursor: dict[str, str] = {}
     while True:
-        reply = yield from ask(Ask(method="GET", path=path, query={**(query or {}), **cursor}, repeatable=True))
-        page = parsed(Page[kind], reply)  # type: ignore[valid-type]  # pydantic makes the class at run time.
+        reply = yield from ask(Ask(method="GET", path=path, query=cursor, repeatable=True))
+        page = parsed(Page[kind], reply)  # type: ignore[valid-type]  # mypy takes no type from a variable.
         items += page.items
         if page.next is None:
             return items
-        cursor = {"cursor": page.next}
+        cursor = {"after": page.next}
 
 
-def parsed(kind: type[M], reply: Reply) -> M:
+def parsed(kind: type[T], reply: Reply) -> T:
     """The shape in the reply's body. Raises LeptonError when something other than Lepton answered."""
     try:
-        return kind.model_validate_json(reply.body)
+        return TypeAdapter(kind).validate_json(reply.body)
     except ValidationError as error:
-        raise LeptonError(
-            f"The answer is no {kind.__name__}.", hint="Is the URL that of a Lepton platform, of this version?"
-        ) from error
+        hint = "Is the URL that of a Lepton platform, and is the platform of this version?"
+        raise LeptonError("The platform's answer is not understood.", hint=hint) from error
 
 
 def checked(kind: type[M], **fields: object) -> M:

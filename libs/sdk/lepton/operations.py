@@ -8,7 +8,7 @@ from uuid import UUID
 from numpy.typing import ArrayLike
 
 from lepton import tensors
-from lepton.errors import Conflict, DeadlineExceeded, NotFound, RolloutFailed
+from lepton.errors import DeadlineExceeded, NotFound, RolloutFailed
 from lepton.flow import (
     Ask,
     Flow,
@@ -17,7 +17,8 @@ from lepton.flow import (
     ask,
     checked,
     get,
-    get_all,
+    get_list,
+    get_pages,
     parsed,
     pause,
     post,
@@ -55,7 +56,7 @@ _HEARD_WITHIN_S = 30.0
 
 def tenants() -> Flow[list[Tenant]]:
     """All tenants. Needs the scope `admin`."""
-    return get_all(Tenant, "/v1/tenants")
+    return get_list(Tenant, "/v1/tenants")
 
 
 def create_tenant(name: str) -> Flow[Tenant]:
@@ -65,7 +66,7 @@ def create_tenant(name: str) -> Flow[Tenant]:
 
 def keys() -> Flow[list[Key]]:
     """The tenant's keys, without their secrets."""
-    return get_all(Key, "/v1/keys")
+    return get_list(Key, "/v1/keys")
 
 
 def create_key(
@@ -90,7 +91,7 @@ def revoke_key(key_id: str) -> Flow[None]:
 
 def models() -> Flow[list[Model]]:
     """The tenant's models."""
-    return get_all(Model, "/v1/models")
+    return get_pages(Model, "/v1/models")
 
 
 def model(name: str) -> Flow[Model]:
@@ -100,7 +101,7 @@ def model(name: str) -> Flow[Model]:
 
 def versions(model: str) -> Flow[list[Version]]:
     """A model's versions. Raises NotFound when there is no such model."""
-    return get_all(Version, f"/v1/models/{segment(model)}/versions")
+    return get_pages(Version, f"/v1/models/{segment(model)}/versions")
 
 
 def version(model: str, version: int) -> Flow[Version]:
@@ -110,7 +111,7 @@ def version(model: str, version: int) -> Flow[Version]:
 
 def timeline(model: str) -> Flow[list[TimelineEntry]]:
     """Every fact about a model, in order."""
-    return get_all(TimelineEntry, f"/v1/models/{segment(model)}/timeline")
+    return get_pages(TimelineEntry, f"/v1/models/{segment(model)}/timeline")
 
 
 def push(
@@ -168,7 +169,7 @@ def push(
 
 def rollouts(model: str | None = None) -> Flow[list[Rollout]]:
     """The rollouts of one model, or of all, the newest first."""
-    return get_all(Rollout, "/v1/rollouts", {"model": model} if model else {})
+    return get_list(Rollout, "/v1/rollouts", {"model": model} if model else {})
 
 
 def rollout(rollout_id: UUID | str) -> Flow[Rollout]:
@@ -221,17 +222,12 @@ def wait_for(rollout: Rollout, *, timeout: float = 300.0, progress: OnProgress |
 
 
 def _start(model: str, version_number: int) -> Flow[Rollout]:
-    """A rollout of the version: one that is on its way, else a new one."""
+    """A rollout of the version: the one that is on its way, else a new one."""
     wanted = checked(NewRollout, model=model, version=version_number)
     start = now = yield from pause(0)
     while True:
         try:
-            return (yield from post(Rollout, "/v1/rollouts", wanted))
-        except Conflict:
-            running = yield from _find_running(model, version_number)
-            if running is None:
-                raise
-            return running
+            return (yield from post(Rollout, "/v1/rollouts", wanted, repeatable=True))
         except NotFound:
             yield from version(model, version_number)  # Raises NotFound itself, unless rollout will hear of it soon.
             if now - start >= _HEARD_WITHIN_S:
@@ -251,12 +247,6 @@ def _automatic(pushed: Version, timeout: float) -> Flow[Rollout]:
         f"{pushed.model} version {pushed.version} is registered, but its rollout did not start in {timeout:g} s.",
         hint="`lepton status` shows whether rollout and Kafka run; the rollout starts when they do.",
     )
-
-
-def _find_running(model: str, version_number: int) -> Flow[Rollout | None]:
-    over = {RolloutState.PROMOTED, RolloutState.FAILED}
-    found = yield from rollouts(model)
-    return next((each for each in found if each.version == version_number and each.state not in over), None)
 
 
 def _serves(pushed: Version) -> Flow[bool]:

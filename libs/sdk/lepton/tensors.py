@@ -154,3 +154,11 @@ def _objects(elements: list[Any], shape: Sequence[int]) -> Array:
     array = np.empty(math.prod(shape), dtype=object)
     array[:] = elements
     return array.reshape(shape)
+
+
+def to_json(array: Array) -> Any:
+    """The array as nested lists; bytes become text, with U+FFFD for what is none."""
+    if array.dtype == object:
+        text = [each.decode(errors="replace") for each in array.ravel()]
+        return _objects(text, array.shape).tolist()
+    return array.tolist()

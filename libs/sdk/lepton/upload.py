@@ -60,7 +60,8 @@ def upload(source: Path | bytes, *, progress: OnProgress | None = None) -> Flow[
     offset = yield from _offset(sha256)
     breaks = 0
     while offset is not None:
-        before, failure = offset, None
+        before = offset
+        failure: Conflict | Unavailable | None = None
         try:
             reply = yield from ask(_put(content, sha256, offset, report))
             offset = parsed(Upload, reply).offset if reply.status == 202 else None
@@ -71,7 +72,7 @@ def upload(source: Path | bytes, *, progress: OnProgress | None = None) -> Flow[
             breaks = breaks + 1 if offset <= before else 0
             if breaks == _MAX_BREAKS:
                 raise failure or Unavailable("The upload does not advance.")
-            yield from pause(0.1 * 2**breaks)
+            yield from pause((failure and failure.retry_after_s) or 0.1 * 2**breaks)
     report(Progress("upload", content.size_bytes, content.size_bytes))
     return sha256
 
@@ -85,10 +86,12 @@ def _offset(sha256: str) -> Flow[int | None]:
 
 def _put(content: Content, sha256: str, offset: int, report: OnProgress) -> Ask:
     size = content.size_bytes
+    # Nothing left to send, but not stored: the answer to the last byte was lost, so the platform is asked for it again.
+    span = f"{offset}-{size - 1}" if offset < size else "*"
     headers = {
         "content-type": "application/octet-stream",
         "content-length": str(size - offset),
-        "content-range": f"bytes {offset}-{size - 1}/{size}",
+        "content-range": f"bytes {span}/{size}",
     }
     return Ask(
         method="PUT",

@@ -1,0 +1,204 @@
+"""The commands about models: push, look, deploy, call."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lepton.connect import connect
+from lepton.render import Json, console, print_json, progress_bars, show, size
+
+commands = typer.Typer()
+_PANEL = "Models"
+
+Name = Annotated[str, typer.Argument(metavar="MODEL")]
+Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Return when it serves, or at once.")]
+Timeout = Annotated[float, typer.Option(min=0, help="Seconds to wait at most.")]
+
+
+@commands.command(rich_help_panel=_PANEL)
+def push(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(help="An .onnx file; weights beside it are packed in.", dir_okay=False)],
+    name: Annotated[str, typer.Option(help="The model's name: lower-case letters, digits, hyphens.")],
+    deploy: Annotated[bool, typer.Option("--deploy/--no-deploy", help="Serve it, or only keep it.")] = True,
+    wait: Wait = True,
+    label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A note on the version.")] = None,
+    metric: Annotated[list[str] | None, typer.Option(metavar="KEY=NUMBER", help="A figure of the version.")] = None,
+    timeout: Timeout = 300.0,
+    json: Json = False,
+) -> None:
+    """Make a file a version of a model and serve it."""
+    labels = dict(_pair(each) for each in label or [])
+    metrics = {key: _number(key, text) for key, text in map(_pair, metric or [])}
+    with connect(ctx) as client, progress_bars(quiet=json) as progress:
+        version = client.push(
+            file,
+            name=name,
+            labels=labels,
+            metrics=metrics,
+            deploy=deploy,
+            wait=wait,
+            timeout=timeout,
+            progress=progress,
+        )
+    if json:
+        print_json(version)
+        return
+    told = f"[bold]{version.model}[/] version [bold]{version.version}[/] ({size(version.size_bytes)})"
+    if not deploy:
+        console.print(f"{told} is registered. `lepton deploy {version.model} {version.version}` serves it.")
+    elif not wait:
+        console.print(f"{told} is on its way. `lepton rollouts {version.model}` shows how far.")
+    else:
+        console.print(f"{told} serves all traffic. `lepton infer {version.model} --input x.json` calls it.")
+
+
+@commands.command(rich_help_panel=_PANEL)
+def models(ctx: typer.Context, json: Json = False) -> None:
+    """List the models."""
+    with connect(ctx) as client:
+        found = client.models()
+    show(
+        found,
+        {
+            "MODEL": lambda model: model.name,
+            "PRODUCTION": lambda model: model.aliases.get("production"),
+            "NEWEST": lambda model: model.latest_version,
+            "MADE": lambda model: model.created_at,
+        },
+        json=json,
+        empty="No models yet. `lepton push FILE --name MODEL` makes the first.",
+    )
+
+
+@commands.command(rich_help_panel=_PANEL)
+def versions(ctx: typer.Context, model: Name, json: Json = False) -> None:
+    """List a model's versions."""
+    with connect(ctx) as client:
+        found = client.versions(model)
+    show(
+        found,
+        {
+            "VERSION": lambda version: version.version,
+            "STATE": lambda version: version.state.value,
+            "SIZE": lambda version: size(version.size_bytes),
+            "SHA256": lambda version: version.sha256[:12],
+            "BY": lambda version: version.created_by,
+            "MADE": lambda version: version.created_at,
+            "WHY": lambda version: version.state_reason,
+        },
+        json=json,
+    )
+
+
+@commands.command(rich_help_panel=_PANEL)
+def deploy(
+    ctx: typer.Context,
+    model: Name,
+    version: Annotated[int, typer.Argument(min=1)],
+    wait: Wait = True,
+    timeout: Timeout = 300.0,
+    json: Json = False,
+) -> None:
+    """Move all live traffic to a version."""
+    with connect(ctx) as client, progress_bars(quiet=json) as progress:
+        rollout = client.deploy(model, version, wait=wait, timeout=timeout, progress=progress)
+    if json:
+        print_json(rollout)
+    else:
+        console.print(f"{model} version {version} {'serves all traffic' if wait else 'is on its way'}.")
+
+
+@commands.command(rich_help_panel=_PANEL)
+def rollback(ctx: typer.Context, model: Name, wait: Wait = True, timeout: Timeout = 300.0, json: Json = False) -> None:
+    """Move all live traffic back to the version before; it is still loaded, so that takes a moment only."""
+    with connect(ctx) as client, progress_bars(quiet=json) as progress:
+        rollout = client.rollback(model, wait=wait, timeout=timeout, progress=progress)
+    if json:
+        print_json(rollout)
+    else:
+        console.print(f"{model} {'is' if wait else 'is on its way'} back at version {rollout.version}.")
+
+
+@commands.command(rich_help_panel=_PANEL)
+def rollouts(
+    ctx: typer.Context,
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Default: of all models.")] = None,
+    json: Json = False,
+) -> None:
+    """List how versions came to live traffic, the newest first."""
+    with connect(ctx) as client:
+        found = client.rollouts(model)
+    show(
+        found,
+        {
+            "MODEL": lambda rollout: rollout.model,
+            "VERSION": lambda rollout: rollout.version,
+            "STATE": lambda rollout: rollout.state.value,
+            "TRAFFIC": lambda rollout: f"{rollout.percent:g} %",
+            "STARTED": lambda rollout: rollout.started_at,
+            "BY": lambda rollout: rollout.actor,
+            "WHY": lambda rollout: rollout.reason,
+        },
+        json=json,
+    )
+
+
+@commands.command(rich_help_panel=_PANEL)
+def timeline(ctx: typer.Context, model: Name, json: Json = False) -> None:
+    """Tell a model's story, every fact in order."""
+    with connect(ctx) as client:
+        entries = client.timeline(model)
+    show(
+        entries,
+        {
+            "AT": lambda entry: f"{entry.at.astimezone():%Y-%m-%d %H:%M:%S}",
+            "WHAT": lambda entry: entry.type,
+            "VERSION": lambda entry: entry.version,
+            "BY": lambda entry: entry.actor,
+            "WHY": lambda entry: entry.reason,
+        },
+        json=json,
+    )
+
+
+@commands.command(rich_help_panel=_PANEL)
+def infer(
+    ctx: typer.Context,
+    model: Name,
+    file: Annotated[Path, typer.Option("--input", help="x.json, x.npy or x.npz; - reads JSON from standard input.")],
+    version: Annotated[int | None, typer.Option(min=1, help="Default: whichever live traffic goes to.")] = None,
+    output: Annotated[list[str] | None, typer.Option(help="An output wanted; may be repeated. Default: all.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds the answer may take.")] = 30.0,
+    json: Json = False,
+) -> None:
+    """Call a model."""
+    from lepton.inputs import read_inputs
+    from lepton.tensors import to_json
+
+    with connect(ctx) as client:
+        inputs = read_inputs(file, client.metadata(model, version=version).inputs)
+        outputs = client.infer(model, inputs, version=version, outputs=output, timeout=timeout)
+    if json:
+        tensors = {name: to_json(array) for name, array in outputs.items()}
+        print_json({"model": model, "version": outputs.version, "outputs": tensors})
+        return
+    for name, array in outputs.items():
+        console.print(f"[bold]{name}[/] [dim]{array.dtype} {list(array.shape)}[/]")
+        console.print(str(array), markup=False)
+    console.print(f"[dim]answered by version {outputs.version}[/]")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise typer.BadParameter(f"{text!r} is not KEY=VALUE")
+    return key, value
+
+
+def _number(key: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{key}: {text!r} is not a number") from None

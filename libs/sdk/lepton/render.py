@@ -1,0 +1,139 @@
+"""What the command line shows: tables, progress and errors for people, JSON for programs."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lepton.errors import LeptonError
+
+if TYPE_CHECKING:
+    from lepton.flow import OnProgress, Progress
+
+T = TypeVar("T")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
+
+console = Console(highlight=False)
+progress_console = Console(stderr=True, highlight=False)
+
+_STATE_STYLES = {
+    "promoted": "green",
+    "ready": "green",
+    "failed": "red",
+    "loading": "yellow",
+    "shifting": "yellow",
+    "failing": "red",
+}
+_STAGES = {
+    "upload": "Uploading",
+    "loading": "Workers load it",
+    "shifting": "Traffic moves",
+    "promoted": "Live",
+    "failing": "Giving up",
+    "failed": "Failed",
+}
+
+
+def show(
+    items: Sequence[T], columns: Mapping[str, Callable[[T], object]], *, json: bool = False, empty: str = "Nothing yet."
+) -> None:
+    """The items on stdout: a table with these columns, or their JSON; `empty` stands in for a table without rows."""
+    if json:
+        print_json(list(items))
+    elif not items:
+        console.print(empty)
+    else:
+        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+        for title in columns:
+            table.add_column(title, overflow="fold")
+        for item in items:
+            table.add_row(*(_cell(column(item)) for column in columns.values()))
+        console.print(table)
+
+
+def print_json(value: Any) -> None:
+    """The value as indented JSON on stdout; NaN and infinities are null."""
+    import orjson
+
+    def plain(each: Any) -> Any:
+        return each.model_dump(mode="json") if hasattr(each, "model_dump") else each.tolist()
+
+    options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY
+    console.file.write(orjson.dumps(value, default=plain, option=options).decode() + "\n")
+
+
+def print_error(error: LeptonError) -> None:
+    """What went wrong and what to do next, on stderr."""
+    progress_console.print(f"[bold red]Error:[/] {escape(error.message)}", soft_wrap=True)
+    if error.hint:
+        progress_console.print(f"[dim]{escape(error.hint)}[/]", soft_wrap=True)
+
+
+def _cell(value: object) -> str:
+    match value:
+        case None:
+            return "-"
+        case datetime():
+            return ago(value, datetime.now(UTC))
+        case float():
+            return f"{value:g}"
+    text = escape(str(value))
+    style = _STATE_STYLES.get(text)
+    return f"[{style}]{text}[/]" if style else text
+
+
+def ago(then: datetime, now: datetime) -> str:
+    """How long ago, in the largest unit that fits."""
+    seconds = max(0, round((now - then).total_seconds()))
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size} {unit} ago"
+    return f"{seconds} s ago"
+
+
+def size(count: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+@contextmanager
+def progress_bars(*, quiet: bool = False) -> Iterator["OnProgress"]:
+    """A function to report progress to, shown as bars on stderr while a person watches."""
+    from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeElapsedColumn(),
+    )
+    hidden = quiet or not progress_console.is_terminal
+    bars = Bars(*columns, console=progress_console, transient=True, disable=hidden)
+    upload: list[TaskID] = []
+    deployment: list[TaskID] = []
+
+    def report(progress: "Progress") -> None:
+        uploading = progress.stage == "upload"
+        tasks = upload if uploading else deployment
+        if not tasks:
+            tasks.append(bars.add_task("", amount=""))
+        amount = f"{size(progress.done)} of {size(progress.total)}" if uploading else f"{progress.done:g} % of traffic"
+        # While workers load there is no share to show, so the bar pulses.
+        total = None if progress.stage == "loading" else progress.total
+        description = _STAGES.get(progress.stage, progress.stage)
+        bars.update(tasks[0], description=description, completed=progress.done, total=total, amount=amount)
+
+    with bars:
+        yield report

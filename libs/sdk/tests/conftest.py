@@ -1,0 +1,349 @@
+"""A platform small enough to break on purpose: `/v1` in its real shapes, `/v2` on the platform's own codec."""
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+from uuid import uuid4
+
+import orjson
+import pytest
+from lepton.models import (
+    CreatedKey,
+    Model,
+    Page,
+    Rollout,
+    RolloutState,
+    ServingView,
+    Strategy,
+    TimelineEntry,
+    TrafficShare,
+    Upload,
+    Version,
+)
+from lepton_common import oip
+from lepton_common.errors import LeptonError, status_of
+from lepton_common.signature import Signature, TensorSpec
+from pydantic import BaseModel
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+SECRET = "lp_secret"
+
+# The model that is served answers with its inputs.
+SPECS = (TensorSpec("x", "FP32", (-1, 2)), TensorSpec("text", "BYTES", (-1,)), TensorSpec("n", "INT64", (-1,)))
+
+
+class Answer(Exception):  # Not always an error.
+    """Ends a request with a status and a body."""
+
+    def __init__(self, status: int, body: object = b"", headers: dict[str, str] | None = None) -> None:
+        self.status, self.body, self.headers = status, body, headers or {}
+
+
+class Platform:
+    """What it was sent, what it stores, and the faults to come."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.requests: list[str] = []
+        self.artifacts: dict[str, bytes] = {}
+        self.staged: dict[str, bytearray] = {}
+        self.versions: dict[str, list[Version]] = {}
+        self.rollouts: list[Rollout] = []
+        self.stable: dict[str, int] = {}
+        self.signature = Signature(SPECS[:1], SPECS[:1])
+        self.broken_uploads: list[int] = []  # For each upload to break: after how many bytes.
+        self.answers: list[Answer] = []  # Given to the next requests, whatever they are.
+        self.unheard = 0  # How often rollout answers that it has not heard of a version.
+        self.outcome = RolloutState.PROMOTED
+
+    def counted(self, start: str) -> int:
+        return sum(line.startswith(start) for line in self.requests)
+
+    # --- registry ---
+
+    def put_artifact(self, request: "Request", sha256: str) -> None:
+        span, total = request.headers["content-range"].removeprefix("bytes ").split("/")
+        staged = self.staged.setdefault(sha256, bytearray())
+        if span != "*" and int(span.split("-")[0]) != len(staged):
+            raise Answer(409, {"title": "Conflict", "status": 409, "detail": "wrong offset"})
+        left = request.length
+        if self.broken_uploads:
+            left = self.broken_uploads.pop(0)
+            staged += request.rfile.read(left)
+            raise ConnectionAbortedError
+        staged += request.rfile.read(left)
+        if len(staged) < int(total):
+            raise Answer(202, Upload(sha256=sha256, offset=len(staged), total_bytes=int(total)))
+        assert hashlib.sha256(staged).hexdigest() == sha256
+        self.artifacts[sha256] = bytes(staged)
+        raise Answer(201, {"sha256": sha256})
+
+    def head_artifact(self, _: "Request", sha256: str) -> None:
+        if sha256 in self.artifacts:
+            raise Answer(200)
+        raise Answer(404, headers={"upload-offset": str(len(self.staged.get(sha256, b"")))})
+
+    def post_version(self, request: "Request", model: str) -> None:
+        wanted = request.json()
+        known = self.versions.setdefault(model, [])
+        for version in known:
+            if version.sha256 == wanted["sha256"]:
+                raise Answer(200, version)
+        version = Version(
+            tenant="default",
+            model=model,
+            version=len(known) + 1,
+            sha256=wanted["sha256"],
+            size_bytes=len(self.artifacts[wanted["sha256"]]),
+            format="onnx",
+            signature={"inputs": [], "outputs": []},
+            batching=wanted["batching"],
+            metrics=wanted["metrics"],
+            labels=wanted["labels"],
+            state="registered",
+            created_at=NOW,
+            created_by="local",
+        )
+        known.append(version)
+        if wanted["deploy"] and len(known) == 1:
+            self.start_rollout(model, 1)
+        raise Answer(201, version)
+
+    def get_models(self, request: "Request") -> None:
+        names = sorted(self.versions)
+        after = request.query.get("after", "")
+        name = next((each for each in names if each > after), None)
+        if name is None:
+            raise Answer(200, Page[Model](items=[]))
+        aliases = {"production": self.stable[name]} if name in self.stable else {}
+        count = len(self.versions[name])
+        model = Model(tenant="default", name=name, latest_version=count, aliases=aliases, created_at=NOW)
+        raise Answer(200, Page[Model](items=[model], next=name if name != names[-1] else None))
+
+    def get_versions(self, _: "Request", model: str) -> None:
+        raise Answer(200, Page[Version](items=self.known(model)))
+
+    def get_version(self, _: "Request", model: str, number: str) -> None:
+        raise Answer(200, self.known(model)[int(number) - 1])
+
+    def get_timeline(self, _: "Request", model: str) -> None:
+        entries = [
+            TimelineEntry(id=str(uuid4()), at=NOW, type="VersionRegistered", version=each.version, evidence={})
+            for each in self.known(model)
+        ]
+        raise Answer(200, Page[TimelineEntry](items=entries))
+
+    def known(self, model: str) -> list[Version]:
+        if model not in self.versions:
+            raise not_found(f"there is no model {model!r}")
+        return self.versions[model]
+
+    def post_key(self, request: "Request") -> None:
+        wanted = request.json()
+        raise Answer(
+            201,
+            CreatedKey(
+                id="k1",
+                prefix="lp_se",
+                tenant="default",
+                created_at=NOW,
+                secret=SECRET,
+                **{name: wanted[name] for name in ("name", "scopes", "expires_at")},
+            ),
+        )
+
+    def get_keys(self, _: "Request") -> None:
+        raise Answer(200, [])
+
+    def delete_key(self, _: "Request", key: str) -> None:
+        raise Answer(204) if key == "k1" else not_found(f"there is no key {key!r}")
+
+    # --- rollout ---
+
+    def start_rollout(self, model: str, version: int) -> Rollout:
+        rollout = Rollout(
+            id=uuid4(),
+            tenant="default",
+            model=model,
+            version=version,
+            previous=self.stable.get(model),
+            strategy=Strategy.IMMEDIATE,
+            state=RolloutState.LOADING,
+            percent=0,
+            started_at=NOW,
+        )
+        self.rollouts.insert(0, rollout)
+        return rollout
+
+    def post_rollout(self, request: "Request") -> None:
+        wanted = request.json()
+        if self.unheard:
+            self.unheard -= 1
+            raise not_found("no such version")
+        for each in self.rollouts:
+            if each.state == RolloutState.LOADING and each.version == wanted["version"]:
+                raise Answer(202, each)
+            if each.state == RolloutState.LOADING:
+                raise Answer(409, {"title": "Conflict", "status": 409, "detail": "another rollout is open"})
+        raise Answer(202, self.start_rollout(wanted["model"], wanted["version"]))
+
+    def get_rollouts(self, request: "Request") -> None:
+        raise Answer(200, [each for each in self.rollouts if request.query.get("model", each.model) == each.model])
+
+    def get_rollout(self, _: "Request", rollout_id: str) -> None:
+        """Each look at a rollout brings it one step further."""
+        index = next(index for index, each in enumerate(self.rollouts) if str(each.id) == rollout_id)
+        rollout = self.rollouts[index]
+        after = RolloutState.SHIFTING if rollout.state == RolloutState.LOADING else self.outcome
+        self.rollouts[index] = rollout.model_copy(update={"state": after, "percent": 100, "reason": "as told"})
+        if after == RolloutState.PROMOTED:
+            self.stable[rollout.model] = rollout.version
+        raise Answer(200, rollout)
+
+    def rollback(self, _: "Request", model: str) -> None:
+        raise Answer(202, self.start_rollout(model, self.stable[model] - 1))
+
+    def get_serving(self, _: "Request", model: str) -> None:
+        if model not in self.stable:
+            raise not_found("nothing is served")
+        stable = self.stable[model]
+        split = [TrafficShare(version=stable, percent=100)]
+        raise Answer(
+            200,
+            ServingView(
+                tenant="default",
+                model=model,
+                generation=1,
+                stable=stable,
+                previous=None,
+                split=split,
+                versions=[stable],
+                workers=[],
+            ),
+        )
+
+    # --- inference ---
+
+    def metadata(self, _: "Request", model: str, version: str = "7") -> None:
+        raise Answer(
+            200, {"name": model, "versions": [version], "platform": "onnxruntime_onnx", **self.signature.to_dict()}
+        )
+
+    def infer(self, request: "Request", model: str, version: str = "7") -> None:
+        try:
+            length = oip.header_length_of(request.headers["inference-header-content-length"].encode())
+            wanted = oip.decode_request(request.rfile.read(request.length), length, self.signature)
+        except LeptonError as error:
+            raise Answer(status_of(error), {"error": error.message}) from error
+        arrays = {output.name: wanted.inputs[output.name] for output in wanted.outputs}
+        head, parts = oip.encode_response(model, version, wanted, arrays, self.signature)
+        raise Answer(200, b"".join(parts), {"inference-header-content-length": str(head)})
+
+
+def not_found(detail: str) -> Answer:
+    return Answer(404, {"title": "Not Found", "status": 404, "detail": detail})
+
+
+_ROUTES: dict[tuple[str, str], Callable[..., None]] = {
+    ("HEAD", "v1/artifacts/*"): Platform.head_artifact,
+    ("PUT", "v1/artifacts/*"): Platform.put_artifact,
+    ("POST", "v1/models/*/versions"): Platform.post_version,
+    ("GET", "v1/models"): Platform.get_models,
+    ("GET", "v1/models/*/versions"): Platform.get_versions,
+    ("GET", "v1/models/*/versions/*"): Platform.get_version,
+    ("GET", "v1/models/*/timeline"): Platform.get_timeline,
+    ("POST", "v1/keys"): Platform.post_key,
+    ("GET", "v1/keys"): Platform.get_keys,
+    ("DELETE", "v1/keys/*"): Platform.delete_key,
+    ("POST", "v1/rollouts"): Platform.post_rollout,
+    ("GET", "v1/rollouts"): Platform.get_rollouts,
+    ("GET", "v1/rollouts/*"): Platform.get_rollout,
+    ("POST", "v1/serving/*/rollback"): Platform.rollback,
+    ("GET", "v1/serving/*"): Platform.get_serving,
+    ("GET", "v2/models/*"): Platform.metadata,
+    ("GET", "v2/models/*/versions/*"): Platform.metadata,
+    ("POST", "v2/models/*/infer"): Platform.infer,
+    ("POST", "v2/models/*/versions/*/infer"): Platform.infer,
+}
+
+
+class Request(BaseHTTPRequestHandler):
+    """One connection to the platform of its server."""
+
+    protocol_version = "HTTP/1.1"
+    server: "Server"
+
+    @property
+    def length(self) -> int:
+        return int(self.headers.get("content-length", 0))
+
+    @property
+    def query(self) -> dict[str, str]:
+        return {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
+
+    def json(self) -> Any:
+        return orjson.loads(self.rfile.read(self.length))
+
+    def do_any(self) -> None:
+        platform = self.server.platform
+        platform.requests.append(f"{self.command} {self.path}")
+        try:
+            self.answer()
+        except ConnectionAbortedError:
+            self.close_connection = True
+        except Answer as answer:
+            body = answer.body if isinstance(answer.body, bytes) else orjson.dumps(answer.body, default=_plain)
+            self.send_response(answer.status)
+            for name, value in {**answer.headers, "content-length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(b"" if self.command == "HEAD" else body)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_any  # noqa: N815  # So http.server calls them.
+
+    def answer(self) -> None:
+        if self.server.platform.answers:
+            self.rfile.read(self.length)
+            raise self.server.platform.answers.pop(0)
+        parts = urlsplit(self.path).path.strip("/").split("/")
+        for (method, pattern), route in _ROUTES.items():
+            wanted = pattern.split("/")
+            if method == self.command and len(wanted) == len(parts):
+                pairs = list(zip(wanted, parts, strict=True))
+                if all(want in ("*", part) for want, part in pairs):
+                    return route(self.server.platform, self, *(part for want, part in pairs if want == "*"))
+        raise not_found(f"no route {self.path}")
+
+    def log_message(self, *_: object) -> None:
+        """Tests look at `Platform.requests` instead."""
+
+
+class Server(ThreadingHTTPServer):
+    platform: Platform
+    daemon_threads = True
+
+
+def _plain(value: object) -> Any:
+    assert isinstance(value, BaseModel)
+    return value.model_dump(mode="json")
+
+
+@pytest.fixture
+def platform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Platform]:
+    """A running platform that `Client()` and the command line find by themselves."""
+    with Server(("127.0.0.1", 0), Request) as server:
+        server.platform = Platform()
+        server.platform.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setenv("LEPTON_HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("LEPTON_URL", server.platform.url)
+        monkeypatch.delenv("LEPTON_API_KEY", raising=False)
+        yield server.platform
+        server.shutdown()
+        thread.join()

@@ -1,0 +1,187 @@
+"""The command line: what it prints, and how it ends."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.helper
+import pytest
+from lepton.cli import app
+from lepton_common.signature import Signature
+from typer.testing import CliRunner, Result
+
+from libs.sdk.tests.conftest import SECRET, SPECS, Answer, Platform
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(platform: Platform) -> Run:
+    """Runs `lepton ARGS…` against the platform."""
+
+    def run(*args: object, stdin: str = "") -> Result:
+        return CliRunner().invoke(app, [str(each) for each in args], input=stdin)
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model.onnx"
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [-1, 2])
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [-1, 2])
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "same", [value], [result])), path)
+    return path
+
+
+def ok(result: Result) -> str:
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_pushed_listed_deployed_and_rolled_back(run: Run, model: Path, tmp_path: Path) -> None:
+    assert "digits version 1" in ok(run("push", model, "--name", "digits"))
+    second = tmp_path / "second.onnx"
+    second.write_bytes(model.read_bytes() + onnx.ModelProto(doc_string="second").SerializeToString())
+    assert "`lepton deploy digits 2` serves it" in ok(run("push", second, "--name", "digits", "--no-deploy"))
+    assert "digits version 2 serves all traffic." in ok(run("deploy", "digits", 2))
+    assert "digits is back at version 1." in ok(run("rollback", "digits"))
+    assert ok(run("models")).split("\n")[1].split()[:3] == ["digits", "1", "2"]
+    assert [line.split()[0] for line in ok(run("versions", "digits")).splitlines()] == ["VERSION", "1", "2"]
+    assert [line.split()[:3] for line in ok(run("rollouts", "digits")).splitlines()[1:]] == [
+        ["digits", "1", "promoted"],
+        ["digits", "2", "promoted"],
+        ["digits", "1", "promoted"],
+    ]
+    assert ok(run("timeline", "digits")).count("VersionRegistered") == 2
+
+
+@pytest.mark.parametrize("command", ["models", "versions m", "rollouts", "timeline m", "keys list"])
+def test_every_list_is_json_for_programs(run: Run, model: Path, command: str) -> None:
+    ok(run("push", model, "--name", "m"))
+    assert isinstance(json.loads(ok(run(*command.split(), "--json"))), list)
+
+
+def test_what_acts_answers_in_json_too(run: Run, model: Path) -> None:
+    pushed = json.loads(ok(run("push", model, "--name", "m", "--label", "a=b=c", "--metric", "acc=0.5", "--json")))
+    assert (pushed["version"], pushed["labels"], pushed["metrics"]) == (1, {"a": "b=c"}, {"acc": 0.5})
+    assert json.loads(ok(run("deploy", "m", 1, "--json")))["state"] == "promoted"
+    assert json.loads(ok(run("keys", "create", "robot", "--json")))["secret"] == SECRET
+    assert json.loads(ok(run("keys", "revoke", "k1", "--json"))) == {"revoked": "k1"}
+
+
+def test_a_push_without_wait_returns_at_once_and_says_where_to_look(run: Run, model: Path) -> None:
+    assert "`lepton rollouts m` shows how far" in ok(run("push", model, "--name", "m", "--no-wait"))
+
+
+def test_an_empty_list_says_how_to_fill_it(run: Run) -> None:
+    assert "`lepton push FILE --name MODEL`" in ok(run("models"))
+
+
+def test_a_new_keys_secret_stands_alone_on_the_first_line(run: Run, platform: Platform) -> None:
+    shown = ok(run("keys", "create", "robot", "--scope", "infer", "--scope", "read", "--days", 2))
+    assert shown.splitlines()[0] == SECRET
+    assert "not shown again" in shown
+
+
+# --- infer ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[[1, 2], [3, 4]]",
+        '{"x": [[1, 2], [3, 4]]}',
+        '{"inputs": [{"name": "x", "datatype": "FP32", "shape": [2, 2], "data": [1, 2, 3, 4]}]}',
+    ],
+)
+def test_json_of_every_form_is_an_input(run: Run, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    answer = json.loads(ok(run("infer", "m", "--input", path, "--json")))
+    assert answer == {"model": "m", "version": "7", "outputs": {"x": [[1.0, 2.0], [3.0, 4.0]]}}
+    assert json.loads(ok(run("infer", "m", "--input", "-", "--json", stdin=text))) == answer
+
+
+def test_numpy_files_are_inputs_in_the_models_own_datatypes(run: Run, platform: Platform, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.array([[1, 2]]))
+    assert "[[1. 2.]]" in ok(run("infer", "m", "--input", tmp_path / "x.npy", "--version", 3))
+    platform.signature = Signature(SPECS, SPECS)
+    np.savez(tmp_path / "x.npz", x=np.ones((1, 2)), text=np.array(["é"]), n=np.array([1], np.int8))
+    shown = json.loads(ok(run("infer", "m", "--input", tmp_path / "x.npz", "--output", "text", "--json")))
+    assert shown["outputs"] == {"text": ["é"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "is not JSON"),
+        ("3", "no inputs"),
+        ('{"y": [[1, 2]]}', "no input 'y'"),
+        ('{"x": [[1, "a"]]}', "not FP32 data"),
+        ('{"x": [[1, 2], [3]]}', "not FP32 data"),
+        ('{"inputs": [{"name": "x"}]}', "no name or no data"),
+    ],
+)
+def test_an_input_that_does_not_fit_is_told_with_its_name(run: Run, text: str, said: str) -> None:
+    result = run("infer", "m", "--input", "-", stdin=text)
+    assert result.exit_code == 1
+    assert said in " ".join(result.stderr.split())
+
+
+def test_a_pickle_in_a_numpy_file_is_never_loaded(run: Run, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.array([{}], dtype=object))
+    result = run("infer", "m", "--input", tmp_path / "x.npy")
+    assert result.exit_code == 1
+    assert "plain arrays" in result.stderr
+
+
+# --- how it ends ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(400, 1), (401, 5), (403, 5), (404, 4), (409, 1), (429, 6), (500, 1), (504, 6)]
+)
+def test_the_exit_code_tells_the_kind_of_error(run: Run, platform: Platform, status: int, code: int) -> None:
+    platform.answers = [Answer(status, {"title": "No", "status": status, "detail": "[so] it is"})] * 4
+    result = run("models")
+    assert result.exit_code == code
+    assert "Error: [so] it is" in result.stderr
+    assert not result.stdout
+
+
+def test_a_platform_that_does_not_run_ends_with_3_and_says_how_to_start_it(run: Run) -> None:
+    result = run("--url", "http://127.0.0.1:9", "models")
+    assert result.exit_code == 3
+    assert "lepton up" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["push", "x.onnx"], ["nothing"], ["push", "x.onnx", "--name", "m", "--metric", "a=b"], ["deploy", "m", "0"]],
+)
+def test_wrong_usage_ends_with_2(run: Run, args: list[str]) -> None:
+    assert run(*args).exit_code == 2
+
+
+def test_a_file_that_is_no_model_is_an_error_without_a_traceback(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").write_bytes(b"\x99no")
+    result = run("push", tmp_path / "x.onnx", "--name", "m")
+    assert result.exit_code == 1
+    assert "is not an ONNX file" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_lists_the_exit_codes_and_imports_nothing_slow() -> None:
+    code = "import sys, lepton.cli; lepton.cli.app(['--help'], standalone_mode=False); print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert "Exit codes" in shown
+    assert not {"httpx", "numpy", "onnx", "pydantic", "asyncio"} & set(shown.splitlines()[-1].split())
