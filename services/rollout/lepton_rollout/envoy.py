@@ -1,0 +1,203 @@
+"""The mesh as one Envoy that reads files: renders VirtualServices to xDS and waits until Envoy runs them.
+
+Rules found by running Envoy 1.40: a file is replaced by rename, never rewritten; EDS comes before CDS, CDS before RDS;
+Envoy has taken a file once its `version_text` is the one written; a refused file leaves the old configuration serving.
+The files are the only state, so a restart of either side loses nothing, and a lock lets several processes share them.
+"""
+
+import asyncio
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from lepton_common.errors import Invalid, Unavailable
+from lepton_common.records import WorkerState
+
+from lepton_rollout import xds
+from lepton_rollout.mesh import VirtualService
+
+_CDS = "cluster_manager.cds"
+_RDS = f"http.mesh.rds.{xds.ROUTES}"
+_POLL_S = 0.003
+
+
+class EnvoyMesh:
+    """The Mesh of one Envoy whose bootstrap reads `folder`/cds.json and rds.json; `admin` is its host:port.
+
+    A call waits for an Envoy that is away until the acknowledgement is overdue; the same call later goes on from there.
+    """
+
+    def __init__(self, folder: Path, admin: str, *, ack_timeout_s: float = 5.0) -> None:
+        self._folder = folder
+        self._admin = httpx.AsyncClient(base_url=f"http://{admin}", timeout=1.0)
+        self._ack_timeout_s = ack_timeout_s
+        self._one_at_a_time = asyncio.Lock()
+        (folder / "eds").mkdir(parents=True, exist_ok=True)
+        for name, resources in (("cds.json", []), ("rds.json", [xds.route_configuration([])])):
+            if not (folder / name).exists():
+                _replace(folder / name, _document(resources)[0])
+
+    async def close(self) -> None:
+        await self._admin.aclose()
+
+    async def apply(self, *services: VirtualService) -> None:
+        async with self._exclusive():
+            hosts = self._hosts()
+            news = [service for service in services if xds.is_news(service, hosts.get(service.name))]
+            await self._ensure_clusters({pool for service in news for pool in service.pools})
+            joining = {each.name: each.live_pools - xds.live_pools_of(hosts.get(each.name)) for each in news}
+            healthy = await self._healthy_pools({pool for pools in joining.values() for pool in pools})
+            hosts |= {each.name: xds.virtual_host(each) for each in news if joining[each.name] <= healthy}
+            await self._publish("rds.json", _RDS, [xds.route_configuration(hosts.values())])
+        if held := sorted(name for name, pools in joining.items() if not pools <= healthy):
+            raise Unavailable(
+                f"no healthy worker for {', '.join(held)}: their routes are as they were", retry_after_s=1
+            )
+
+    async def place(self, workers: Iterable[WorkerState]) -> None:
+        pools: dict[str, list[WorkerState]] = {}
+        for worker in workers:
+            pools.setdefault(worker.pool, []).append(worker)
+        async with self._exclusive():
+            for pool in {*pools, *self._clusters()}:
+                self._write_endpoints(pool, pools.get(pool, []))
+            await self._ensure_clusters(set(pools))
+            await self._drop_clusters(keep={*pools, *xds.pools_of(self._hosts().values())})
+
+    # --- clusters and endpoints -----------------------------------------------------------------------------------
+
+    async def _ensure_clusters(self, pools: set[str]) -> None:
+        """Envoy knows these pools, besides those it knew."""
+        for pool in pools:
+            if not self._endpoints_file(pool).exists():
+                self._write_endpoints(pool, [])
+        await self._publish_clusters(pools | self._clusters())
+
+    async def _drop_clusters(self, *, keep: set[str]) -> None:
+        """Pools without workers that no route leads to are gone. Their endpoints go last, as they came first."""
+        dropped = self._clusters() - keep
+        if dropped:
+            await self._publish_clusters(self._clusters() - dropped)
+        for pool in dropped:
+            self._endpoints_file(pool).unlink(missing_ok=True)
+
+    async def _publish_clusters(self, pools: set[str]) -> None:
+        clusters = [xds.cluster(pool, str(self._endpoints_file(pool).absolute())) for pool in sorted(pools)]
+        await self._publish("cds.json", _CDS, clusters)
+
+    def _write_endpoints(self, pool: str, workers: Sequence[WorkerState]) -> None:
+        path = self._endpoints_file(pool)
+        text, _ = _document([xds.load_assignment(pool, workers)])
+        if not path.exists() or path.read_text() != text:
+            _replace(path, text)
+
+    def _endpoints_file(self, pool: str) -> Path:
+        return self._folder / "eds" / f"{pool}.json"
+
+    async def _healthy_pools(self, pools: set[str]) -> set[str]:
+        """Those of the pools in which Envoy's own health checks find a worker, waiting for all until the ack is due."""
+        waiting = set(pools)
+        deadline = asyncio.get_running_loop().time() + self._ack_timeout_s
+        while waiting:
+            for pool in tuple(waiting):
+                stats = await self._stats(f"cluster.{xds.cluster_name(pool)}.membership_healthy")
+                if any(int(value) > 0 for value in stats.values()):
+                    waiting.remove(pool)
+            if asyncio.get_running_loop().time() > deadline:
+                break
+            if waiting:
+                await asyncio.sleep(_POLL_S)
+        return pools - waiting
+
+    # --- what is on disk ------------------------------------------------------------------------------------------
+
+    def _resources(self, name: str) -> list[dict[str, Any]]:
+        resources: list[dict[str, Any]] = json.loads((self._folder / name).read_text())["resources"]
+        return resources
+
+    def _hosts(self) -> dict[str, dict[str, Any]]:
+        """The models' virtual hosts by name, as last published."""
+        return xds.model_hosts(self._resources("rds.json")[0])
+
+    def _clusters(self) -> set[str]:
+        """The pools that Envoy was told of."""
+        return {xds.pool_of(cluster["name"]) for cluster in self._resources("cds.json")}
+
+    @asynccontextmanager
+    async def _exclusive(self) -> AsyncIterator[None]:
+        """One writer at a time, here and among the processes that share the folder."""
+        async with self._one_at_a_time:
+            with (self._folder / "lock").open("w") as lock:
+                while True:
+                    try:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    except BlockingIOError:
+                        await asyncio.sleep(_POLL_S)
+                yield
+
+    # --- write and acknowledge ------------------------------------------------------------------------------------
+
+    async def _publish(self, name: str, stat: str, resources: list[dict[str, Any]]) -> None:
+        """The file holds `resources` and Envoy runs them; a refused file is put back to what it was.
+
+        Raises Invalid when Envoy refuses it, Unavailable when Envoy has not taken it in time: it will, once it is back.
+        """
+        path = self._folder / name
+        before = path.read_text()
+        text, version = _document(resources)
+        stats = await self._stats(stat)
+        if before == text and stats.get(f"{stat}.version_text") == version:
+            return
+        refusals = _refusals(stat, stats)
+        # Written even when it is there already: the rename makes Envoy read it again, which shows a refusal again.
+        _replace(path, text)
+        deadline = asyncio.get_running_loop().time() + self._ack_timeout_s
+        while asyncio.get_running_loop().time() < deadline:
+            stats = await self._stats(stat)
+            if stats.get(f"{stat}.version_text") == version:
+                return
+            if _refusals(stat, stats) > refusals:
+                _replace(path, before)
+                raise Invalid(f"the mesh refused {name}: its log says why; the routes are as they were")
+            await asyncio.sleep(_POLL_S)
+        raise Unavailable(f"the mesh did not acknowledge {name} within {self._ack_timeout_s:g} s", retry_after_s=1)
+
+    async def _stats(self, prefix: str) -> dict[str, str]:
+        """Envoy's statistics under a prefix; none while Envoy is away."""
+        try:
+            answer = await self._admin.get("/stats", params={"filter": f"^{re.escape(prefix)}"})
+            answer.raise_for_status()
+        except httpx.HTTPError:
+            return {}
+        lines = (line.partition(": ") for line in answer.text.splitlines())
+        return {name: value.strip('"') for name, _, value in lines}
+
+
+def _refusals(stat: str, stats: dict[str, str]) -> int:
+    """How often Envoy found a file invalid (rejected) or unreadable (failure). Zero again after a restart of Envoy."""
+    return sum(int(stats.get(f"{stat}.{outcome}", "0")) for outcome in ("update_rejected", "update_failure"))
+
+
+def _document(resources: list[dict[str, Any]]) -> tuple[str, str]:
+    """A discovery response and its version: the digest of what it says, so saying the same again changes nothing."""
+    body = json.dumps(resources, sort_keys=True, separators=(",", ":"))
+    version = hashlib.sha256(body.encode()).hexdigest()[:16]
+    return f'{{"version_info":"{version}","resources":{body}}}', version
+
+
+def _replace(path: Path, text: str) -> None:
+    """The file holds `text`, or what it held, even after a power cut. Envoy only notices renames."""
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

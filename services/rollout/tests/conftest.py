@@ -1,0 +1,54 @@
+"""What rollout's tests stand on: real servers, and stand-ins for workers."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+from lepton.envoy import Envoy
+from lepton.processes import Process, running
+from lepton_common.types import ModelRef
+from lepton_rollout.envoy import EnvoyMesh
+
+from .stand_ins import StandIn, StartWorker
+
+
+@pytest.fixture
+def model() -> ModelRef:
+    return ModelRef("default", "digits")
+
+
+@pytest.fixture
+def envoy_recipe(tmp_path: Path) -> Envoy:
+    return Envoy(tmp_path / "envoy", tmp_path / "mesh")
+
+
+@pytest.fixture
+def envoy(envoy_recipe: Envoy) -> Iterator[Process]:
+    with running(envoy_recipe) as process:
+        yield process
+
+
+@pytest.fixture
+async def mesh(envoy_recipe: Envoy) -> AsyncIterator[EnvoyMesh]:
+    mesh = EnvoyMesh(envoy_recipe.mesh_dir, envoy_recipe.admin)
+    yield mesh
+    await mesh.close()
+
+
+@pytest.fixture
+async def client(envoy_recipe: Envoy) -> AsyncIterator[httpx.AsyncClient]:
+    """The gateway's place: a client of the mesh."""
+    async with httpx.AsyncClient(base_url=f"http://{envoy_recipe.mesh}", timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
+async def start_worker() -> AsyncIterator[StartWorker]:
+    async with AsyncExitStack() as stack:
+
+        async def start(name: str, pool: str = "cpu") -> StandIn:
+            return await stack.enter_async_context(StandIn(name, pool))
+
+        yield start

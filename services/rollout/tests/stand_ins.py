@@ -1,0 +1,160 @@
+"""Stand-ins around a real mesh: workers that can be told to misbehave, callers that count what they are told."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Self
+
+import httptools
+import httpx
+from lepton_common.records import Assigned, Serving, Share, WorkerState
+from lepton_common.types import ModelRef
+
+
+class StandIn:
+    """A worker as the mesh sees one. It answers with its name, the version asked for and the body's size."""
+
+    def __init__(self, name: str, pool: str = "cpu") -> None:
+        self.name = name
+        self.pool = pool
+        self.is_ready = True
+        self.refused: set[str] = set()  # versions answered as not loaded
+        self.cuts_connections = False
+        self.answered = 0
+        self.connections: set[asyncio.Transport] = set()
+
+    async def __aenter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", 0)
+        self.port: int = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.die()
+
+    def state(self, *, draining: bool = False) -> WorkerState:
+        return WorkerState(
+            id=self.name, pool=self.pool, address=f"127.0.0.1:{self.port}", device="cpu", draining=draining
+        )
+
+    def die(self) -> None:
+        """As after kill -9: nobody listens and every connection is reset."""
+        self._server.close()
+        for connection in tuple(self.connections):
+            connection.abort()
+
+
+StartWorker = Callable[..., Awaitable[StandIn]]
+
+
+class _Connection(asyncio.Protocol):
+    def __init__(self, worker: StandIn) -> None:
+        self._worker = worker
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._parser = httptools.HttpRequestParser(self)
+        self._worker.connections.add(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._worker.connections.discard(self._transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def on_message_begin(self) -> None:
+        self._path, self._version, self._size = b"", "", 0
+
+    def on_url(self, url: bytes) -> None:
+        self._path = url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"x-lepton-version":
+            self._version = value.decode()
+
+    def on_body(self, body: bytes) -> None:
+        self._size += len(body)
+
+    def on_message_complete(self) -> None:
+        worker = self._worker
+        if self._path == b"/v2/health/ready":
+            self._answer(200 if worker.is_ready else 503, {})
+        elif worker.cuts_connections:
+            self._transport.abort()
+        elif self._version in worker.refused:
+            self._answer(503, {"error": "not loaded"}, b"x-lepton-reason: not-loaded\r\n")
+        else:
+            worker.answered += 1
+            self._answer(200, {"worker": worker.name, "version": self._version, "size": self._size})
+
+    def _answer(self, status: int, body: dict[str, Any], headers: bytes = b"") -> None:
+        data = json.dumps(body).encode()
+        head = b"HTTP/1.1 %d .\r\ncontent-type: application/json\r\ncontent-length: %d\r\n" % (status, len(data))
+        self._transport.write(head + headers + b"\r\n" + data)
+
+
+class Traffic:
+    """Callers that ask a model without pause, and count what they are told."""
+
+    def __init__(self, client: httpx.AsyncClient, model: ModelRef) -> None:
+        self._client = client
+        self._model = model
+        self.answers: dict[str, int] = {}
+        self._answered = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [asyncio.create_task(self._ask()) for _ in range(8)]
+        for task in self._tasks:
+            task.add_done_callback(lambda _: self._answered.set())
+        await self.more(50)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for result in await asyncio.gather(*self._tasks, return_exceptions=True):
+            if not isinstance(result, asyncio.CancelledError):
+                raise AssertionError(f"a caller ended: {result!r}")
+
+    @property
+    def total(self) -> int:
+        return sum(self.answers.values())
+
+    async def more(self, count: int) -> None:
+        """That many more answers have come."""
+        wanted = self.total + count
+        # A caller that has ended raises at the end of the block.
+        while self.total < wanted and not any(task.done() for task in self._tasks):
+            self._answered.clear()
+            await self._answered.wait()
+
+    async def _ask(self) -> None:
+        while True:
+            response = await infer(self._client, self._model)
+            told = f"{response.status_code} version {response.headers.get('x-lepton-version')}"
+            self.answers[told] = self.answers.get(told, 0) + 1
+            self._answered.set()
+
+
+async def infer(
+    client: httpx.AsyncClient, model: ModelRef, *, version: str | None = None, body: bytes = b"{}"
+) -> httpx.Response:
+    headers = {"Host": model.host} | ({"x-lepton-version": version} if version else {})
+    return await client.post(f"/v2/models/{model.model}/infer", headers=headers, content=body)
+
+
+def serving(model: ModelRef, generation: int, split: Mapping[int, float], *warm: int, pool: str = "cpu") -> Serving:
+    """A record of which all versions are in one pool."""
+    return Serving(
+        tenant=model.tenant,
+        model=model.model,
+        generation=generation,
+        stable=next(iter(split), None),
+        split=tuple(Share(version=version, percent=percent) for version, percent in split.items()),
+        versions=tuple(assigned(version, pool) for version in (*split, *warm)),
+    )
+
+
+def assigned(version: int, pool: str = "cpu") -> Assigned:
+    return Assigned(version=version, sha256=f"{version:064x}", size_bytes=1000, pool=pool)
