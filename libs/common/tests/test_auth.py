@@ -1,31 +1,15 @@
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from lepton.processes import running
-from lepton.servers import Etcd
 from lepton_common.auth import Caller, Keys, digest, new_secret, secret_of
 from lepton_common.errors import Forbidden, Unauthenticated, Unavailable
 from lepton_common.etcd import EtcdClient
 from lepton_common.records import KEYS, KeyRecord, Scope
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    recipe = Etcd(tmp_path_factory.mktemp("etcd"))
-    with running(recipe):
-        yield recipe.address
-
-
-@pytest.fixture
-async def etcd(address: str) -> AsyncIterator[EtcdClient]:
-    client = EtcdClient(address)
-    yield client
-    await client.close()
 
 
 @pytest.fixture
