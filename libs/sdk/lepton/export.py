@@ -67,9 +67,12 @@ def _from_path(path: Path, classes: Sequence[str] | None) -> Path | bytes:
 
 def _files_beside(model: onnx.ModelProto) -> list[str]:
     """The files in which the model's weights are kept, as torch and onnx write those of large models."""
-    nodes = chain(model.graph.node, *(function.node for function in model.functions))
-    tensors = chain(model.graph.initializer, _tensors_in(nodes))
+    tensors = chain(model.graph.initializer, _tensors_in(_nodes(model)))
     return sorted({ExternalDataInfo(tensor).location for tensor in tensors if uses_external_data(tensor)})
+
+
+def _nodes(model: onnx.ModelProto) -> Iterable[onnx.NodeProto]:
+    return chain(model.graph.node, *(function.node for function in model.functions))
 
 
 def _tensors_in(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
@@ -100,26 +103,42 @@ def _serialized(model: onnx.ModelProto, classes: Sequence[str] | None) -> bytes:
 
 
 def _from_torch(module: Any, example: Any) -> onnx.ModelProto:
-    """The module's graph in evaluation mode, for any number of rows: the first dimension of every input is free."""
+    """The module's graph in evaluation mode. Inputs with as many rows as the first one take any number of them."""
     import torch
 
     if example is None:
         hint = "Give example=: an input, or a tuple of them."
         raise Invalid("A torch module is exported by running it once.", hint=hint)
-    inputs = example if isinstance(example, tuple) else (example,)
+    examples = tuple(map(_with_rows, example if isinstance(example, tuple) else (example,)))
     rows = torch.export.Dim("rows")
-    shapes = tuple({0: rows} if isinstance(each, torch.Tensor) and each.ndim else None for each in inputs)
+    batched = [each.ndim > 0 and len(each) == len(examples[0]) for each in examples]
+    shapes = tuple({0: rows} if free else None for free in batched)
     was_training = module.training
     module.eval()
     try:
         with torch.no_grad():
-            program = torch.onnx.export(module, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise Invalid(f"torch cannot export {type(module).__name__} to ONNX: {_first_line(error)}") from error
+            program = torch.onnx.export(module, examples, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    except ImportError as error:
+        raise Invalid("torch exports to ONNX with onnxscript.", hint="pip install onnxscript") from error
+    except RuntimeError as error:
+        raise Invalid(f"torch cannot export {type(module).__name__}: {_first_line(error)}") from error
     finally:
         module.train(was_training)
     exported: onnx.ModelProto = program.model_proto
+    # The exporter notes where in the caller's files each node comes from: nobody else's business.
+    for node in _nodes(exported):
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
     return exported
+
+
+def _with_rows(example: Any) -> Any:
+    """The example with at least two rows: torch.export takes a size of one for a constant."""
+    import torch
+
+    if not isinstance(example, torch.Tensor):
+        raise Invalid(f"example= holds a {type(example).__name__}.", hint="Give tensors only.")
+    return torch.cat([example, example]) if example.ndim and len(example) == 1 else example
 
 
 # --- scikit-learn -----------------------------------------------------------------------------------------------------
