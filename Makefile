@@ -43,7 +43,7 @@ format: setup ## put the code into the house's format
 	$(BIN)/ruff format .
 
 bench: setup ## measure the serving path beside onnxruntime, MLServer, LitServe and Triton
-	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python -m benchmarks.serving
 
 up: setup ## start the whole platform on this machine, in the background
 	$(BIN)/lepton up --detach

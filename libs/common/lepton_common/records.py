@@ -7,11 +7,10 @@
 | `/lepton/keys/{sha256}` | KeyRecord | registry | every service |
 """
 
-from datetime import datetime
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from lepton_common.events import Batching
 from lepton_common.types import ModelRef
@@ -120,5 +119,5 @@ class KeyRecord(Record):
     tenant: str
     name: str
     scopes: frozenset[Scope]
-    created_at: datetime
-    expires_at: datetime | None = None
+    created_at: AwareDatetime
+    expires_at: AwareDatetime | None = None
