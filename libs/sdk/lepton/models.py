@@ -11,8 +11,10 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, Str
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # Printable text: PostgreSQL stores no NUL, and logs and terminals want no control characters.
-Text = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{1,200}$")]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+# A few named values. Without the extra the schema would let through the names that the pattern does not.
+_NAMED = Field(max_length=100, json_schema_extra={"additionalProperties": False})
 VersionNumber = Annotated[int, Field(ge=1, le=2_147_483_647)]
 
 T = TypeVar("T")
@@ -153,8 +155,8 @@ class NewVersion(Request):
     sha256: Sha256
     deploy: bool = True
     batching: Batching = Batching()
-    metrics: Annotated[dict[Text, Number], Field(max_length=100)] = {}
-    labels: Annotated[dict[Text, Text], Field(max_length=100)] = {}
+    metrics: Annotated[dict[Text, Number], _NAMED] = {}
+    labels: Annotated[dict[Text, Text], _NAMED] = {}
 
 
 class VersionState(StrEnum):
@@ -197,7 +199,7 @@ class Model(Response):
 class TimelineEntry(Response):
     """A fact about a model: which, when, by whom, why, and what it was based on. `id` is the event's."""
 
-    id: str
+    id: UUID
     at: datetime
     type: str
     version: int | None = None
