@@ -41,7 +41,7 @@ def list_keys(ctx: typer.Context, json: Json = False) -> None:
         {
             "ID": lambda key: key.id,
             "NAME": lambda key: key.name,
-            "BEGINS WITH": lambda key: key.prefix,
+            "PREFIX": lambda key: key.prefix,
             "TENANT": lambda key: key.tenant,
             "SCOPES": lambda key: " ".join(sorted(key.scopes)),
             "MADE": lambda key: key.created_at,

@@ -153,7 +153,7 @@ def timeline(ctx: typer.Context, model: Name, json: Json = False) -> None:
     show(
         entries,
         {
-            "AT": lambda entry: f"{entry.at.astimezone():%Y-%m-%d %H:%M:%S}",
+            "AT": lambda entry: f"{entry.at.astimezone():%m-%d %H:%M:%S}",
             "WHAT": lambda entry: entry.type,
             "VERSION": lambda entry: entry.version,
             "BY": lambda entry: entry.actor,

@@ -245,7 +245,8 @@ def _message(response: httpx.Response) -> str:
         problem = Problem.model_validate_json(response.content)
     except ValidationError:
         return _oip_message(response) or f"The platform answered {response.status_code} {response.reason_phrase}."
-    return "\n".join((problem.detail, *(f"{wrong.name}: {wrong.detail}" for wrong in problem.errors)))
+    lines = (problem.detail, *(f"{wrong.name}: {wrong.detail}" for wrong in problem.errors))
+    return "\n".join(dict.fromkeys(lines))  # The only wrong input is the detail already.
 
 
 def _oip_message(response: httpx.Response) -> str | None:

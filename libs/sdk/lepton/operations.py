@@ -207,7 +207,7 @@ def wait_for(rollout: Rollout, *, timeout: float = 300.0, progress: OnProgress |
     while True:
         rollout = yield from get(Rollout, f"/v1/rollouts/{rollout.id}")
         if progress:
-            progress(Progress(rollout.state, rollout.percent, 100))
+            progress(Progress(rollout.state.value, rollout.percent, 100))
         name = f"{rollout.model} version {rollout.version}"
         match rollout.state:
             case RolloutState.PROMOTED:

@@ -50,8 +50,10 @@ def show(
         console.print(empty)
     else:
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
-        for title in columns:
-            table.add_column(title, overflow="fold")
+        *short, last = columns
+        for title in short:
+            table.add_column(title, no_wrap=True)
+        table.add_column(last, overflow="fold")
         for item in items:
             table.add_row(*(_cell(column(item)) for column in columns.values()))
         console.print(table)
