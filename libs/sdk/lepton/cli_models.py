@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from lepton.connect import connect
 from lepton.render import Json, console, print_json, progress_bars, show, size
@@ -185,7 +186,7 @@ def infer(
         print_json({"model": model, "version": outputs.version, "outputs": tensors})
         return
     for name, array in outputs.items():
-        console.print(f"[bold]{name}[/] [dim]{array.dtype} {list(array.shape)}[/]")
+        console.print(f"[bold]{escape(name)}[/] [dim]{escape(f'{array.dtype} {array.shape}')}[/]")
         console.print(str(array), markup=False)
     console.print(f"[dim]answered by version {outputs.version}[/]")
 

@@ -163,7 +163,11 @@ def _from_sklearn(estimator: Any) -> onnx.ModelProto:
         check_is_fitted(estimator)
     except NotFittedError as error:
         raise Invalid(f"{name} is not fitted yet.", hint="Call its fit() first.") from error
-    inputs = [("input", FloatTensorType([None, estimator.n_features_in_]))]
+    features = getattr(estimator, "n_features_in_", None)
+    if features is None:
+        hint = "Convert it with skl2onnx yourself and push the ONNX model."
+        raise Invalid(f"{name} does not say how many numbers it takes.", hint=hint)
+    inputs = [("input", FloatTensorType([None, features]))]
     # Without a name skl2onnx invents a random one, and the same model would be other bytes each time.
     convert = partial(convert_sklearn, estimator, name, inputs)
     try:

@@ -2,9 +2,9 @@
 
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_type
 
 import lepton
 import numpy as np
@@ -27,7 +27,7 @@ from lepton.errors import (
     Unreachable,
 )
 from lepton.flow import Ask, Flow, Pause, Reply, Work
-from lepton.models import RolloutState, Scope
+from lepton.models import Model, RolloutState, Scope
 from lepton.upload import upload
 from lepton_common.signature import Signature
 
@@ -215,7 +215,9 @@ def test_a_rollback_returns_when_the_version_before_serves_again(
 def test_lists_come_from_as_many_pages_as_there_are(client: Client, platform: Platform, model: Path) -> None:
     for name in ("a", "b", "c"):
         client.push(model, name=name)
-    assert [each.name for each in client.models()] == ["a", "b", "c"]
+    models = client.models()
+    assert_type(models, list[Model])
+    assert [each.name for each in models] == ["a", "b", "c"]
     assert [each.type for each in client.timeline("a")] == ["VersionRegistered"]
     assert platform.counted("GET /v1/models?after") == 2
 
@@ -273,6 +275,7 @@ def test_a_version_and_outputs_are_chosen(client: Client, platform: Platform) ->
 
 async def test_the_async_client_answers_the_same(platform: Platform) -> None:
     async with AsyncClient() as client:
+        assert_type(client.models, Callable[[], Coroutine[Any, Any, list[Model]]])
         outputs = await client.infer("m", {"x": np.array([[1, 2]] * 3, dtype=np.float32)})
         assert (await client.metadata("m")).inputs[0].name == "x"
     assert outputs["x"].tolist() == [[1, 2]] * 3

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits
 from sklearn.ensemble import RandomForestClassifier
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
@@ -104,6 +105,11 @@ def test_given_classes_win_over_the_estimators_own(digits: tuple[Array, Array]) 
 def test_an_estimator_that_is_not_fitted_is_refused() -> None:
     with pytest.raises(Invalid, match="SVC is not fitted yet"):
         to_onnx(SVC())
+
+
+def test_an_estimator_that_takes_no_table_of_numbers_is_refused() -> None:
+    with pytest.raises(Invalid, match="does not say how many numbers"):
+        to_onnx(CountVectorizer().fit(["a text"]))
 
 
 # --- ONNX -------------------------------------------------------------------------------------------------------------
