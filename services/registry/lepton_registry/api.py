@@ -67,13 +67,13 @@ def _parts(request: Request) -> Parts:
     return parts
 
 
-P = Annotated[Parts, Depends(_parts)]
+WithParts = Annotated[Parts, Depends(_parts)]
 
 # --- tenants ----------------------------------------------------------------------------------------------------------
 
 
 @router.post("/tenants", status_code=201, responses={200: {"model": shapes.Tenant}}, tags=["tenants"])
-async def create_tenant(new: shapes.NewTenant, by: Admin, parts: P, response: Response) -> shapes.Tenant:
+async def create_tenant(new: shapes.NewTenant, by: Admin, parts: WithParts, response: Response) -> shapes.Tenant:
     """The tenant exists; 200 when it did before. Only for the operator."""
     check_operator(by.tenant)
     async with parts.db.transaction() as tx:
@@ -84,7 +84,7 @@ async def create_tenant(new: shapes.NewTenant, by: Admin, parts: P, response: Re
 
 
 @router.get("/tenants", tags=["tenants"])
-async def list_tenants(by: Admin, parts: P) -> list[shapes.Tenant]:
+async def list_tenants(by: Admin, parts: WithParts) -> list[shapes.Tenant]:
     """The tenants that the caller manages: all of them for the operator, else its own."""
     async with parts.db.transaction() as tx:
         tenants = await store.list_tenants(tx)
@@ -95,7 +95,7 @@ async def list_tenants(by: Admin, parts: P) -> list[shapes.Tenant]:
 
 
 @router.post("/keys", status_code=201, tags=["keys"])
-async def create_key(new: shapes.NewKey, by: Admin, parts: P) -> shapes.CreatedKey:
+async def create_key(new: shapes.NewKey, by: Admin, parts: WithParts) -> shapes.CreatedKey:
     """A new key, and the only sight of its secret. It is valid everywhere within a second.
 
     409 when the tenant has a key of that name: repeating a request whose answer was lost leaves no unseen secret.
@@ -120,13 +120,13 @@ async def create_key(new: shapes.NewKey, by: Admin, parts: P) -> shapes.CreatedK
 
 
 @router.get("/keys", tags=["keys"])
-async def list_keys(by: Admin, parts: P, tenant: shapes.Name | None = None) -> list[shapes.Key]:
+async def list_keys(by: Admin, parts: WithParts, tenant: shapes.Name | None = None) -> list[shapes.Key]:
     """The keys of the caller's tenant, or of `tenant` for the operator. Secrets are never shown again."""
     return [_key(each) for each in await keys.list_keys(parts.etcd, managed_tenant(by.tenant, tenant))]
 
 
 @router.delete("/keys/{key_id}", status_code=204, tags=["keys"])
-async def revoke_key(key_id: Annotated[str, Path(pattern="^[0-9a-f]{16}$")], by: Admin, parts: P) -> None:
+async def revoke_key(key_id: Annotated[str, Path(pattern="^[0-9a-f]{16}$")], by: Admin, parts: WithParts) -> None:
     """The key is refused everywhere within a second. The bootstrap key returns when the registry starts again."""
     found = await keys.find_key(parts.etcd, key_id)
     if found is None or not manages(by.tenant, found[1].tenant):
@@ -139,7 +139,7 @@ async def revoke_key(key_id: Annotated[str, Path(pattern="^[0-9a-f]{16}$")], by:
 
 @router.get("/models", tags=["models"])
 async def list_models(
-    by: Reader, parts: P, after: shapes.Name | None = None, limit: Limit = 100
+    by: Reader, parts: WithParts, after: shapes.Name | None = None, limit: Limit = 100
 ) -> shapes.Page[shapes.Model]:
     """The tenant's models, by name."""
     async with parts.db.transaction() as tx:
@@ -148,7 +148,7 @@ async def list_models(
 
 
 @router.get("/models/{model}", tags=["models"])
-async def get_model(model: shapes.Name, by: Reader, parts: P) -> shapes.Model:
+async def get_model(model: shapes.Name, by: Reader, parts: WithParts) -> shapes.Model:
     """A model, its newest version's number and its aliases."""
     async with parts.db.transaction() as tx:
         found = await store.get_model(tx, ModelRef(by.tenant, model))
@@ -157,7 +157,7 @@ async def get_model(model: shapes.Name, by: Reader, parts: P) -> shapes.Model:
 
 @router.post("/models/{model}/versions", status_code=201, responses={200: {"model": shapes.Version}}, tags=["models"])
 async def register_version(
-    model: shapes.Name, new: shapes.NewVersion, by: Deployer, parts: P, response: Response
+    model: shapes.Name, new: shapes.NewVersion, by: Deployer, parts: WithParts, response: Response
 ) -> shapes.Version:
     """An uploaded artifact is a version of the model, which is created by its first one.
 
@@ -193,7 +193,7 @@ async def _register(tx: Tx, ref: ModelRef, sha256: str, push: Push, *, deploy: b
 
 @router.get("/models/{model}/versions", tags=["models"])
 async def list_versions(
-    model: shapes.Name, by: Reader, parts: P, after: After = 0, limit: Limit = 100
+    model: shapes.Name, by: Reader, parts: WithParts, after: After = 0, limit: Limit = 100
 ) -> shapes.Page[shapes.Version]:
     """The model's versions, by number."""
     ref = ModelRef(by.tenant, model)
@@ -204,7 +204,9 @@ async def list_versions(
 
 
 @router.get("/models/{model}/versions/{version}", tags=["models"])
-async def get_version(model: shapes.Name, version: shapes.VersionNumber, by: Reader, parts: P) -> shapes.Version:
+async def get_version(
+    model: shapes.Name, version: shapes.VersionNumber, by: Reader, parts: WithParts
+) -> shapes.Version:
     """One version of a model."""
     async with parts.db.transaction() as tx:
         found = await store.get_version(tx, VersionRef(ModelRef(by.tenant, model), version))
@@ -213,7 +215,7 @@ async def get_version(model: shapes.Name, version: shapes.VersionNumber, by: Rea
 
 @router.get("/models/{model}/timeline", tags=["models"])
 async def get_timeline(
-    model: shapes.Name, by: Reader, parts: P, after: After = 0, limit: Limit = 100
+    model: shapes.Name, by: Reader, parts: WithParts, after: After = 0, limit: Limit = 100
 ) -> shapes.Page[shapes.TimelineEntry]:
     """What happened to the model, in order. A fact gets here shortly after it is one: events travel over Kafka."""
     ref = ModelRef(by.tenant, model)

@@ -13,7 +13,7 @@ from lepton_common.web import problem_of
 from starlette.requests import ClientDisconnect
 
 from lepton_registry import store
-from lepton_registry.api import Deployer, P, Parts, Reader
+from lepton_registry.api import Deployer, Parts, Reader, WithParts
 from lepton_registry.domain import ONNX, Artifact
 from lepton_registry.uploads import Part, Upload, WrongOffset
 
@@ -37,7 +37,7 @@ _OFFSET = {"Upload-Offset": {"description": "How many bytes are here already", "
 async def upload_artifact(
     sha256: shapes.Sha256,
     by: Deployer,
-    parts: P,
+    parts: WithParts,
     request: Request,
     content_range: Annotated[str | None, Header(description="`bytes FIRST-LAST/TOTAL`, or `bytes */TOTAL`")] = None,
 ) -> Response:
@@ -69,7 +69,7 @@ async def upload_artifact(
 
 
 @router.head("/artifacts/{sha256}", responses={404: {"description": "Not here, or not whole", "headers": _OFFSET}})
-async def find_artifact(sha256: shapes.Sha256, by: Deployer, parts: P) -> Response:
+async def find_artifact(sha256: shapes.Sha256, by: Deployer, parts: WithParts) -> Response:
     """200 when the caller's tenant has the artifact, else 404 with the Upload-Offset from which an upload goes on."""
     async with parts.db.transaction() as tx:
         artifact = await store.find_artifact(tx, by.tenant, sha256)
@@ -80,7 +80,7 @@ async def find_artifact(sha256: shapes.Sha256, by: Deployer, parts: P) -> Respon
 
 
 @router.get("/artifacts/{sha256}", response_class=StreamingResponse, responses={200: {"content": _BYTES}})
-async def download_artifact(sha256: shapes.Sha256, by: Reader, parts: P) -> Response:
+async def download_artifact(sha256: shapes.Sha256, by: Reader, parts: WithParts) -> Response:
     """The artifact's bytes, verified on the way: if they are no longer right, the connection is cut before the end."""
     async with parts.db.transaction() as tx:
         artifact = await store.get_artifact(tx, by.tenant, sha256)

@@ -180,7 +180,7 @@ def _spec(side: str, value: onnx.ValueInfoProto) -> TensorSpec:
     kind = value.type.WhichOneof("value")
     if kind != "tensor_type":
         article = "no type" if kind is None else f"a {kind.removesuffix('_type')}, not a tensor"
-        advice = "; export the classifier with zipmap=False" if kind in ("sequence_type", "map_type") else ""
+        advice = "; export the classifier with zipmap=False" if side == "output" else ""
         raise Invalid(f"{side} {name[:80]!r} is {article}, which the Open Inference Protocol cannot carry{advice}")
     tensor = value.type.tensor_type
     datatype = _DATATYPES.get(tensor.elem_type)

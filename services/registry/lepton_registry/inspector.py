@@ -8,8 +8,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Protocol
 
+import structlog
 from lepton_common.errors import Invalid, Unavailable
 from lepton_common.signature import Signature
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 
 class Inspector(Protocol):
@@ -33,6 +36,7 @@ class ChildInspector:
             except TimeoutError as error:
                 raise Invalid(f"checking the model took longer than {self._timeout_s:g} s") from error
         if child.returncode:
+            _log.warning("inspection of an upload crashed", returncode=child.returncode, sha256=path.name)
             raise Invalid("not a valid ONNX model: it crashes the ONNX checker or takes more memory than allowed")
         outcome = json.loads(output)
         if reason := outcome.get("refused"):

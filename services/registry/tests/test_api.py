@@ -75,7 +75,7 @@ async def test_key_shows_its_secret_once_and_opens_until_it_is_revoked(registry:
     async def is_revoked() -> bool:
         return (await client.get("/v1/models")).status_code == 401
 
-    await until(is_revoked, within_s=1)
+    await until(is_revoked)
     problem(await operator.delete(f"/v1/keys/{made['id']}"), 404)
 
 
@@ -106,13 +106,12 @@ async def test_key_that_has_expired_opens_nothing(registry: Registry) -> None:
     soon = (datetime.now(UTC) + timedelta(seconds=1)).isoformat()
     made = (await operator.post("/v1/keys", json={"name": "soon", "scopes": ["read"], "expires_at": soon})).json()
     client = await registry.client(made["secret"])
-    await until_known(client)
 
-    async def is_refused() -> bool:
-        return (await client.get("/v1/models")).status_code != 200
+    async def has_expired() -> bool:
+        answer = await client.get("/v1/models")
+        return answer.status_code == 401 and "expired" in problem(answer, 401)
 
-    await until(is_refused)
-    assert "expired" in problem(await client.get("/v1/models"), 401)
+    await until(has_expired)
 
 
 @pytest.mark.parametrize(
@@ -282,15 +281,15 @@ async def test_repeated_push_returns_the_same_version(registry: Registry) -> Non
 
 async def test_concurrent_pushes_are_numbered_without_gaps(registry: Registry) -> None:
     client = await registry.tenant("acme")
-    digests = [await upload(client, model_bytes(n)) for n in range(6)]
+    digests = [await upload(client, model_bytes(n)) for n in range(4)]
     answers = await asyncio.gather(
         *(client.post("/v1/models/digits/versions", json={"sha256": each}) for each in digests * 2)
     )
-    assert sorted(answer.status_code for answer in answers) == [200] * 6 + [201] * 6
+    assert sorted(answer.status_code for answer in answers) == [200] * 4 + [201] * 4
     numbers = {answer.json()["sha256"]: answer.json()["version"] for answer in answers}
-    assert sorted(numbers.values()) == [1, 2, 3, 4, 5, 6]
-    told = [each.version for each in await registry.bus.first(7) if isinstance(each, VersionRegistered)]
-    assert told == [1, 2, 3, 4, 5, 6]
+    assert sorted(numbers.values()) == [1, 2, 3, 4]
+    told = [each.version for each in await registry.bus.first(5) if isinstance(each, VersionRegistered)]
+    assert told == [1, 2, 3, 4]
 
 
 async def test_version_of_bytes_that_were_not_uploaded_is_refused(registry: Registry) -> None:
@@ -311,9 +310,10 @@ async def test_foreign_models_do_not_exist(registry: Registry) -> None:
 
 async def test_lists_come_in_pages(registry: Registry) -> None:
     client = await registry.tenant("acme")
-    for n in range(5):
-        await push(client, "digits", model_bytes(n))
-        await push(client, f"model-{n}", model_bytes())
+    for n in range(3):
+        version = await push(client, "digits", model_bytes(n))
+    for n in range(4):
+        await client.post(f"/v1/models/model-{n}/versions", json={"sha256": version["sha256"]})
 
     async def walk(path: str, field: str) -> list[Any]:
         found: list[Any] = []
@@ -325,8 +325,8 @@ async def test_lists_come_in_pages(registry: Registry) -> None:
             found += [each[field] for each in page["items"]]
         return found
 
-    assert await walk("/v1/models", "name") == ["digits", *(f"model-{n}" for n in range(5))]
-    assert await walk("/v1/models/digits/versions", "version") == [1, 2, 3, 4, 5]
+    assert await walk("/v1/models", "name") == ["digits", *(f"model-{n}" for n in range(4))]
+    assert await walk("/v1/models/digits/versions", "version") == [1, 2, 3]
 
 
 # --- everything -------------------------------------------------------------------------------------------------------
