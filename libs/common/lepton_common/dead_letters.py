@@ -1,0 +1,61 @@
+"""A dead letter: the message as it came, and why it could not be handled."""
+
+import re
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+
+PREFIX = "lepton-dlq-"
+_MAX_ERROR_BYTES = 1024
+_SECRETS = re.compile(r"lp_[A-Za-z0-9_-]+|(?<=://)[^/@\s]+(?=@)|(?i:(?<=bearer )|(?<=password=))\S+")
+
+
+class Reason(StrEnum):
+    UNDECODABLE = "undecodable"  # no event can be read from it
+    FAILED = "failed"  # the handler says that trying again is no use
+    EXHAUSTED = "exhausted"  # tried again and again while others succeeded
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a message was given up."""
+
+    reason: Reason
+    error: BaseException
+    attempts: int
+    first_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a message was read, and by whom."""
+
+    topic: str
+    partition: int
+    offset: int
+    consumer: str
+
+
+def headers(original: Sequence[tuple[str, bytes]], origin: Origin, failure: Failure) -> list[tuple[str, bytes]]:
+    """The message's own headers, then the story of its failure. After a replay only the latest failure is told."""
+    story = {
+        "reason": failure.reason.value,
+        "error": redacted(failure.error),
+        "attempts": str(failure.attempts),
+        "first-failure": failure.first_at.astimezone(UTC).isoformat(),
+        "topic": origin.topic,
+        "partition": str(origin.partition),
+        "offset": str(origin.offset),
+        "consumer": origin.consumer,
+    }
+    kept = [(name, value) for name, value in original if not name.startswith(PREFIX)]
+    return [*kept, *((PREFIX + name, value.encode()) for name, value in story.items())]
+
+
+def redacted(error: BaseException) -> str:
+    """The end of the error's traceback, at most 1 KiB, without keys and passwords."""
+    told = "".join(traceback.format_exception(error))
+    cleaned = _SECRETS.sub("[redacted]", told).encode(errors="replace")
+    return cleaned[-_MAX_ERROR_BYTES:].decode(errors="ignore").strip()

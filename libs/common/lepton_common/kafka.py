@@ -1,0 +1,240 @@
+"""The event bus on Kafka: at least once, one subject's events in order, poison set aside, never stuck for long."""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import stamina
+import structlog
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka.errors import KafkaError
+from opentelemetry.trace import SpanKind
+from prometheus_client import Counter, Gauge
+
+from lepton_common import dead_letters, envelope
+from lepton_common.bus import E
+from lepton_common.dead_letters import Failure, Origin, Reason
+from lepton_common.envelope import Message
+from lepton_common.errors import Invalid, LeptonError, Unavailable
+from lepton_common.events import Event
+from lepton_common.kafka_client import REQUEST_TIMEOUT_S, STOP_TIMEOUT_S, Bootstrap, Producer, Record
+from lepton_common.kafka_lanes import Lanes
+from lepton_common.telemetry import Telemetry, extract_kafka
+from lepton_common.topics import dead_letters as dead_letter_topic
+
+# A transient failure is tried this often. After that it counts as the event's own fault, but only if other events
+# were handled meanwhile: when nothing works, the events are not to blame and wait, in order, for up to GIVE_UP_S.
+TRIES = 5
+GIVE_UP_S = 3600.0
+STALL_S = 30.0
+
+_POLL_MS = 200
+_MAX_RECORDS = 500
+_START_TIMEOUT_S = 60
+
+Handler = Callable[[Any], Awaitable[None]]
+_log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+
+class Stalled(Exception):
+    """There are events to read, and for too long none has come."""
+
+
+class KafkaBus:
+    """A `Bus`. All who run with the same `group` (a service's name) share its events among them."""
+
+    def __init__(self, bootstrap: str, group: str, telemetry: Telemetry, *, stall_s: float = STALL_S) -> None:
+        self._bootstrap = Bootstrap.parse(bootstrap)
+        self._group = group
+        self._telemetry = telemetry
+        self._stall_s = stall_s
+        self._producer = Producer(self._bootstrap, f"lepton-{group}")
+        self._handlers: dict[str, tuple[type[Event], Handler]] = {}
+        self._handled = 0
+        self._undeliverable = 0
+        self._deliverable = asyncio.Event()
+        self._deliverable.set()
+        metric, registry = f"lepton_{group}_", telemetry.registry
+        self._outcomes = Counter(
+            f"{metric}events", "Events by what became of them.", ["type", "outcome"], registry=registry
+        )
+        self._rebuilds = Counter(
+            f"{metric}consumer_rebuilds", "Consumers given up as stuck or broken.", registry=registry
+        )
+        self._blocked = Gauge(
+            f"{metric}dead_letters_blocked", "Dead letters that wait to be written.", registry=registry
+        )
+
+    def subscribe(self, kind: type[E], handler: Callable[[E], Awaitable[None]]) -> None:
+        """See `Bus`. What other types its topics carry is counted and let pass."""
+        if kind.__name__ in self._handlers:
+            raise ValueError(f"{kind.__name__} has a handler already")
+        self._handlers[kind.__name__] = (kind, handler)
+
+    async def send(self, messages: Sequence[Message]) -> None:
+        """See `Bus`."""
+        await self._producer.send([_record(each) for each in messages])
+
+    async def close(self) -> None:
+        """See `Bus`."""
+        await self._producer.close()
+
+    async def run(self) -> None:
+        """See `Bus`. Kafka may be away, now or later: the bus waits for it."""
+        while True:
+            try:
+                await self._consume()
+            except (KafkaError, OSError, TimeoutError, Stalled) as error:
+                self._rebuilds.inc()
+                _log.warning("consumer given up, making a new one", error=repr(error))
+            await asyncio.sleep(random.uniform(0.5, 1.5))  # noqa: S311
+
+    async def _consume(self) -> None:
+        """One consumer's life. Ends by raising."""
+        consumer = self._new_consumer()
+        lanes = Lanes(consumer, self._handle)
+        consumer.subscribe(sorted({kind.topic for kind, _ in self._handlers.values()}), listener=lanes)
+        tasks: set[asyncio.Task[None]] = set()
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                await consumer.start()
+            tasks = {asyncio.create_task(each) for each in (self._fetch(consumer, lanes), self._watch(consumer, lanes))}
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            ended.pop().result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await lanes.stop(list(lanes.open), grace_s=0)
+            # With Kafka away aiokafka's stop() may wait for ever; without its client everything in it ends.
+            with suppress(KafkaError, OSError, TimeoutError):
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await consumer.stop()
+            await consumer._client.close()
+
+    def _new_consumer(self) -> AIOKafkaConsumer:
+        return AIOKafkaConsumer(
+            bootstrap_servers=self._bootstrap.servers,
+            client_id=f"lepton-{self._group}",
+            group_id=f"lepton-{self._group}",
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            # The mock broker holds an empty fetch for the whole time. Kafka does so only for a partition that is
+            # resumed while a fetch without it is on its way.
+            fetch_max_wait_ms=10 if self._bootstrap.mock else 50,
+            isolation_level="read_uncommitted" if self._bootstrap.mock else "read_committed",
+            session_timeout_ms=6_000 if self._bootstrap.mock else 10_000,
+            heartbeat_interval_ms=2_000,
+            max_poll_interval_ms=300_000,
+            request_timeout_ms=REQUEST_TIMEOUT_S * 1000,
+        )
+
+    async def _fetch(self, consumer: AIOKafkaConsumer, lanes: "Lanes") -> None:
+        while True:
+            await self._deliverable.wait()
+            batches = await consumer.getmany(timeout_ms=_POLL_MS, max_records=_MAX_RECORDS)
+            for partition, records in batches.items():
+                lanes.start(partition, records)
+            lanes.check()
+
+    async def _watch(self, consumer: AIOKafkaConsumer, lanes: "Lanes") -> None:
+        passed, quiet_since = lanes.passed, time.monotonic()
+        while True:
+            await asyncio.sleep(self._stall_s / 6)
+            # A lane at work is its handler's business: only what nobody reads counts as stuck.
+            idle = consumer.assignment() - set(lanes.open)
+            moving = lanes.passed != passed or not self._deliverable.is_set()
+            if moving or not await self._behind(consumer, idle):
+                passed, quiet_since = lanes.passed, time.monotonic()
+            elif time.monotonic() - quiet_since > self._stall_s:
+                raise Stalled(f"no progress for {self._stall_s} s")
+
+    async def _behind(self, consumer: AIOKafkaConsumer, partitions: Collection[TopicPartition]) -> bool:
+        """Whether there is something to read in these partitions; also when the answer does not come."""
+        with suppress(KafkaError, OSError, TimeoutError):
+            async with asyncio.timeout(self._stall_s / 6):
+                ends = await consumer.end_offsets(partitions)
+                return any([ends[each] > await consumer.position(each) for each in partitions])
+        return True
+
+    async def _handle(self, record: ConsumerRecord) -> None:
+        """The event took effect, or is a dead letter, or is none of ours."""
+        headers = {name: value.decode(errors="replace") for name, value in record.headers}
+        kind, handler = "unknown", None
+        try:
+            kind = envelope.type_name(headers)
+            if kind not in self._handlers:
+                self._outcomes.labels("other", "ignored").inc()
+                return
+            _, handler = self._handlers[kind]
+            event = envelope.decode(headers, record.value)
+        except Invalid as error:
+            failure = Failure(Reason.UNDECODABLE, error, 1, datetime.now(UTC))
+            await self._bury(record, kind if handler else "unknown", failure)
+            return
+        context = extract_kafka(record.headers)
+        with (
+            structlog.contextvars.bound_contextvars(event_type=kind, event_id=str(event.id)),
+            self._telemetry.tracer.start_as_current_span(f"handle {kind}", context, kind=SpanKind.CONSUMER),
+        ):
+            await self._deliver(record, kind, event, handler)
+
+    async def _deliver(self, record: ConsumerRecord, kind: str, event: Event, handler: Handler) -> None:
+        began, first_failure = time.monotonic(), None
+        handled, tries = self._handled, 0
+
+        def again(error: Exception) -> bool:
+            nonlocal first_failure
+            first_failure = first_failure or datetime.now(UTC)
+            if not _retryable(error):
+                return False
+            nothing_works = self._handled == handled and time.monotonic() - began < GIVE_UP_S
+            return tries < TRIES or nothing_works
+
+        try:
+            async for attempt in stamina.retry_context(
+                again, attempts=None, timeout=None, wait_max=10.0, wait_jitter=0.5
+            ):
+                tries = attempt.num
+                with attempt:
+                    await handler(event)
+        except Exception as error:
+            reason = Reason.EXHAUSTED if _retryable(error) else Reason.FAILED
+            await self._bury(record, kind, Failure(reason, error, tries, first_failure or datetime.now(UTC)))
+        else:
+            self._handled += 1
+            self._outcomes.labels(kind, "handled").inc()
+
+    async def _bury(self, record: ConsumerRecord, kind: str, failure: Failure) -> None:
+        """The record is among the dead letters. Until it is, nothing more is read: better late than lost."""
+        origin = Origin(record.topic, record.partition, record.offset, self._group)
+        headers = dead_letters.headers(record.headers, origin, failure)
+        letter = Record(dead_letter_topic(record.topic), record.key, record.value, headers)
+        _log.error("dead letter", type=kind, reason=failure.reason.value, origin=str(origin), exc_info=failure.error)
+        self._undeliverable += 1
+        try:
+            async for attempt in stamina.retry_context(on=Unavailable, attempts=None, timeout=None):
+                if attempt.num > 1:
+                    self._deliverable.clear()
+                    self._blocked.set(self._undeliverable)
+                with attempt:
+                    await self._producer.send([letter])
+        finally:
+            self._undeliverable -= 1
+            self._blocked.set(self._undeliverable)
+            if not self._undeliverable:
+                self._deliverable.set()
+        self._outcomes.labels(kind, failure.reason.value).inc()
+
+
+def _retryable(error: Exception) -> bool:
+    return isinstance(error, LeptonError) and error.retryable
+
+
+def _record(message: Message) -> Record:
+    headers = [(name, value.encode()) for name, value in message.headers.items()]
+    return Record(message.topic, message.key.encode(), message.value, headers)

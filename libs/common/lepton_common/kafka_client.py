@@ -1,0 +1,136 @@
+"""The way to Kafka: where it is, which topics it must have, and a producer that keeps its word."""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import structlog
+from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+
+from lepton_common.errors import Unavailable
+from lepton_common.topics import TOPICS
+
+REQUEST_TIMEOUT_S = 10
+SEND_TIMEOUT_S = 20
+STOP_TIMEOUT_S = 2
+
+_MOCK = "mock://"
+_MAX_REQUEST_BYTES = 2 * 1024 * 1024
+_MAX_REPLICAS = 3
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Bootstrap:
+    """Where Kafka is. `mock://host:port` is librdkafka's mock broker: in memory, without an admin API."""
+
+    servers: str
+    mock: bool
+
+    @classmethod
+    def parse(cls, text: str) -> "Bootstrap":
+        return cls(text.removeprefix(_MOCK), text.startswith(_MOCK))
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A message in Kafka's own terms."""
+
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]]
+
+
+class Producer:
+    """Stores records. Connects when first needed, and anew after a failure."""
+
+    def __init__(self, bootstrap: Bootstrap, client_id: str) -> None:
+        self._bootstrap = bootstrap
+        self._client_id = client_id
+        self._connecting = asyncio.Lock()
+        self._producer: AIOKafkaProducer | None = None
+
+    async def send(self, records: Sequence[Record]) -> None:
+        """Every record is stored, those of one key in order. Raises Unavailable when some may not be; send all again.
+
+        A producer that failed is given up with what it still holds: otherwise it could store an earlier record
+        behind a later one that is sent in its place.
+        """
+        producer = await self._connected()
+        try:
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                stored = [
+                    await producer.send(each.topic, each.value, key=each.key, headers=each.headers) for each in records
+                ]
+                await asyncio.gather(*stored)
+        except (KafkaError, OSError, TimeoutError) as error:
+            await self._give_up(producer)
+            raise Unavailable("the event bus is not available", retry_after_s=1) from error
+
+    async def close(self) -> None:
+        """No connection is left open, within seconds even if Kafka is away."""
+        if self._producer is not None:
+            await self._give_up(self._producer)
+
+    async def _connected(self) -> AIOKafkaProducer:
+        async with self._connecting:
+            if self._producer is None:
+                producer = AIOKafkaProducer(
+                    bootstrap_servers=self._bootstrap.servers,
+                    client_id=self._client_id,
+                    acks="all",
+                    enable_idempotence=True,
+                    linger_ms=2,
+                    max_request_size=_MAX_REQUEST_BYTES,
+                    request_timeout_ms=REQUEST_TIMEOUT_S * 1000,
+                )
+                try:
+                    await producer.start()
+                except (KafkaError, OSError) as error:
+                    await producer.stop()
+                    raise Unavailable("the event bus is not available", retry_after_s=1) from error
+                self._producer = producer
+            return self._producer
+
+    async def _give_up(self, producer: AIOKafkaProducer) -> None:
+        if self._producer is producer:
+            self._producer = None
+        # An idempotent producer never gives up a batch, so while Kafka is away its stop() does not end by itself.
+        with suppress(KafkaError, OSError, TimeoutError):
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await producer.stop()
+        await producer._sender.close()
+        await producer.client.close()
+
+
+async def ensure_topics(bootstrap: str) -> None:
+    """Every topic of `topics.py` exists; those that did are left as they are. Raises Unavailable when Kafka is away."""
+    where = Bootstrap.parse(bootstrap)
+    if where.mock:
+        _log.warning("events are in the memory of a mock broker: they are lost when it ends")
+        return
+    admin = AIOKafkaAdminClient(bootstrap_servers=where.servers, request_timeout_ms=REQUEST_TIMEOUT_S * 1000)
+    try:
+        await admin.start()
+        existing = set(await admin.list_topics())
+        missing = [topic for topic in TOPICS if topic.name not in existing]
+        if missing:
+            replicas = min(_MAX_REPLICAS, len((await admin.describe_cluster())["brokers"]))
+            made = await admin.create_topics(
+                [NewTopic(each.name, each.partitions, replicas, topic_configs=each.config) for each in missing]
+            )
+            for name, code, *_ in made.topic_errors:
+                error = for_code(code)
+                # Another service may have made it in between.
+                if code and error is not TopicAlreadyExistsError:
+                    raise error(name)
+            _log.info("topics made", topics=[each.name for each in missing])
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise Unavailable("the event bus is not available", retry_after_s=1) from error
+    finally:
+        await admin.close()

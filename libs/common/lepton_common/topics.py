@@ -1,0 +1,40 @@
+"""Every Kafka topic, on one page. Partitions are fixed at birth: a keyed topic that grows loses its order."""
+
+from dataclasses import dataclass
+
+PARTITIONS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """A topic as it is made: where it is missing, `kafka_client.ensure_topics` makes it so."""
+
+    name: str
+    retention_days: int
+    partitions: int = PARTITIONS
+    max_message_bytes: int = 1024 * 1024
+
+    @property
+    def config(self) -> dict[str, str]:
+        return {
+            "cleanup.policy": "delete",
+            "retention.ms": str(self.retention_days * 24 * 3600 * 1000),
+            "max.message.bytes": str(self.max_message_bytes),
+        }
+
+
+def dead_letters(topic: str) -> str:
+    """The topic of what could not be handled of `topic`."""
+    return f"{topic}.dlq"
+
+
+_EVENTS = (
+    Topic("lepton.models", retention_days=30),
+    Topic("lepton.rollouts", retention_days=30),
+)
+
+# A dead letter is the whole message and the reason, so it may be larger than any message.
+TOPICS = (
+    *_EVENTS,
+    *(Topic(dead_letters(each.name), retention_days=30, max_message_bytes=2 * 1024 * 1024) for each in _EVENTS),
+)
