@@ -5,6 +5,7 @@ says:  RolloutStarted, TrafficShifted, RolloutFinished
 owns:  tables versions and rollouts, etcd /lepton/serving, the mesh's routes
 """
 
+import logging
 from datetime import UTC, datetime
 from functools import partial
 from uuid import uuid4
@@ -40,7 +41,7 @@ def build(settings: Settings, telemetry: Telemetry, db: Database, etcd: EtcdClie
     """The whole service. Its replicas share the work; `mesh` is this replica's way to the mesh."""
     keys, workers, table = Keys(etcd), Workers(etcd), ServingTable(etcd, mesh)
     commands = Commands(db, table, workers, settings.load_timeout_s, _now)
-    runner = Runner(db, table, workers, uuid4(), _now)
+    runner = Runner(db, table, workers, uuid4(), _now, telemetry.registry)
 
     service = Service("rollout", settings, telemetry, db=db, bus=bus)
     service.on_close(etcd.close)
@@ -64,6 +65,8 @@ def main() -> None:
     """The process: runs until SIGTERM."""
     settings = Settings.read()
     telemetry = configure("rollout", settings)
+    # It would tell of every look at Envoy's statistics.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     mesh = EnvoyMesh(settings.mesh_dir, settings.envoy_admin)
     service = build(
         settings,
@@ -74,7 +77,8 @@ def main() -> None:
         mesh,
     )
     service.on_close(mesh.close)
-    service.prepare(partial(ensure_topics, settings.kafka))
+    # Beside all else: rollouts go on without Kafka, and tell of themselves when it is back.
+    service.background(partial(ensure_topics, settings.kafka))
     run(service)
 
 

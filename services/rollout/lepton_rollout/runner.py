@@ -9,6 +9,7 @@ import structlog
 from lepton_common.db import Database
 from lepton_common.errors import LeptonError
 from lepton_common.events import RolloutEvent, RolloutFinished, TrafficShifted
+from prometheus_client import CollectorRegistry, Counter
 
 from lepton_rollout import store
 from lepton_rollout.domain import (
@@ -26,10 +27,10 @@ from lepton_rollout.domain import (
 from lepton_rollout.serving import ServingTable
 from lepton_rollout.workers import Workers
 
-# A step reads the record right after its claim, and writes only over what it read. So even a runner that was frozen in
-# a step and wakes after its claim ran out cannot write over what its successor did.
-LEASE_S = 30.0
-_LOOK_AGAIN_S = 1.0
+# How long a rollout waits when its runner dies in the middle of a step. A step reads the record right after its claim
+# and writes only over what it read, so a runner that wakes after its claim ran out cannot undo its successor's work.
+LEASE_S = 10.0
+_LOOK_AGAIN_S = 0.5
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -38,13 +39,22 @@ class Runner:
     """Any number of these may run: a rollout is one runner's at a time. `workers.changed` makes it look at once."""
 
     def __init__(
-        self, db: Database, table: ServingTable, workers: Workers, holder: UUID, now: Callable[[], datetime]
+        self,
+        db: Database,
+        table: ServingTable,
+        workers: Workers,
+        holder: UUID,
+        now: Callable[[], datetime],
+        metrics: CollectorRegistry,
     ) -> None:
         self._db = db
         self._table = table
         self._workers = workers
         self._holder = holder
         self._now = now
+        self._finished = Counter(
+            "lepton_rollout_finished", "Rollouts that ended here, by how.", ["outcome"], registry=metrics
+        )
         self._steps = {State.LOADING: self._load, State.SHIFTING: self._shift, State.FAILING: self._give_up}
 
     async def run(self) -> None:
@@ -69,10 +79,10 @@ class Runner:
                 async with self._db.transaction() as tx:
                     rollout = await store.claim_rollout(tx, rollout_id, self._holder, LEASE_S)
                 if rollout is None:
-                    return
+                    return None
                 after = await self._step(rollout)
                 if after == rollout:
-                    return
+                    return await self._release(rollout)
                 await self._save(rollout, after)
         except LeptonError as error:
             # Taken up again at the next look: PostgreSQL, etcd or the mesh are away, or someone else was faster.
@@ -103,11 +113,18 @@ class Runner:
         serving = await self._table.shift(rollout.model, lambda serving: abandoned(serving, rollout.version))
         return finished(rollout, serving, self._now())
 
+    async def _release(self, rollout: Rollout) -> None:
+        """It has to wait for workers; whoever looks next may take it, so that a restart costs no time."""
+        async with self._db.transaction() as tx:
+            await store.release_rollout(tx, rollout.id, self._holder)
+
     async def _save(self, before: Rollout, after: Rollout) -> None:
         async with self._db.transaction() as tx:
             await store.save_rollout(tx, before, after, self._holder)
             for event in _events(after):
                 await tx.emit(event)
+        if after.finished_at is not None:
+            self._finished.labels(after.state).inc()
         self._workers.changed.send()
         _log.info(
             "rollout moved", rollout=str(after.id), model=str(after.model), state=after.state, reason=after.reason

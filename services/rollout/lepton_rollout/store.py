@@ -126,6 +126,13 @@ async def claim_rollout(tx: Tx, rollout: UUID, holder: UUID, lease_s: float) -> 
     return _rollout(row) if row else None
 
 
+async def release_rollout(tx: Tx, rollout: UUID, holder: UUID) -> None:
+    """The rollout is nobody's, if it was the holder's."""
+    await tx.execute(
+        "UPDATE rollouts SET held_until = NULL WHERE id = :id AND holder = :holder", {"id": rollout, "holder": holder}
+    )
+
+
 async def save_rollout(tx: Tx, before: Rollout, after: Rollout, holder: UUID) -> None:
     """The rollout is as in `after`. Raises Conflict when it is not the holder's any more, or not as in `before`."""
     result = await tx.execute(

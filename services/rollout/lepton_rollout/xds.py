@@ -14,11 +14,12 @@ _BUFFER_BYTES = 65 * 1024 * 1024
 _TYPE = "type.googleapis.com/envoy"
 _CATCH_ALL = "unknown-model"
 
-# Inference has no side effects, so what failed before an answer came is tried again, on another worker.
+# Inference has no side effects, so what failed before an answer came is tried again, on another worker. Twice only:
+# a request that kills its worker must not go through the whole pool.
 _RETRY_POLICY: dict[str, Any] = {
     "retry_on": "connect-failure,refused-stream,reset,retriable-status-codes",
     "retriable_status_codes": [503],
-    "num_retries": 3,
+    "num_retries": 2,
     "retry_host_predicate": [
         {
             "name": "envoy.retry_host_predicates.previous_hosts",

@@ -8,9 +8,13 @@ import httpx
 import pytest
 from lepton.envoy import Envoy
 from lepton.processes import Process, running
+from lepton.servers import Etcd
+from lepton_common.etcd import EtcdClient
 from lepton_common.types import ModelRef
 from lepton_rollout.envoy import EnvoyMesh
+from lepton_rollout.settings import Settings
 
+from .lab import Lab
 from .stand_ins import StandIn, StartWorker
 
 
@@ -52,3 +56,24 @@ async def start_worker() -> AsyncIterator[StartWorker]:
             return await stack.enter_async_context(StandIn(name, pool))
 
         yield start
+
+
+@pytest.fixture
+async def lab(
+    etcd: EtcdClient,
+    etcd_server: Etcd,
+    postgres_dsn: str,
+    envoy: Process,
+    envoy_recipe: Envoy,
+    start_worker: StartWorker,
+) -> AsyncIterator[Lab]:
+    settings = Settings(
+        postgres_dsn=postgres_dsn,
+        etcd=etcd_server.address,
+        mesh_dir=envoy_recipe.mesh_dir,
+        envoy_admin=envoy_recipe.admin,
+        drain_s=1,
+    )
+    lab = Lab(settings, etcd, start_worker)
+    yield lab
+    await lab.close()

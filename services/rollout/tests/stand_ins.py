@@ -2,13 +2,20 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Self
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any, Self, TypeVar
 
 import httptools
 import httpx
-from lepton_common.records import Assigned, Serving, Share, WorkerState
+from lepton_common.envelope import Message
+from lepton_common.etcd import EtcdClient
+from lepton_common.events import Event
+from lepton_common.mirror import Mirror
+from lepton_common.records import SERVING, WORKERS, Assigned, Loaded, LoadState, Serving, Share, WorkerState
 from lepton_common.types import ModelRef
+from lepton_rollout.workers import Signal
+
+E = TypeVar("E", bound=Event)
 
 
 class StandIn:
@@ -158,3 +165,64 @@ def serving(model: ModelRef, generation: int, split: Mapping[int, float], *warm:
 
 def assigned(version: int, pool: str = "cpu") -> Assigned:
     return Assigned(version=version, sha256=f"{version:064x}", size_bytes=1000, pool=pool)
+
+
+class PoolWorker:
+    """A stand-in that does at once what etcd assigns, and says so there; some versions fail or take long."""
+
+    def __init__(self, etcd: EtcdClient, stand_in: StandIn) -> None:
+        self.stand_in = stand_in
+        self.failing: dict[int, str] = {}
+        self.slow: set[int] = set()
+        self._etcd = etcd
+        self._changed = Signal()
+        self._mirror = Mirror(etcd, SERVING, Serving.model_validate_json, lambda key, serving: self._changed.send())
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._mirror.run())
+            while True:
+                seen = self._changed.count
+                state = self.stand_in.state().model_copy(update={"versions": tuple(self._versions())})
+                await self._etcd.put(f"{WORKERS}{state.id}", state.model_dump_json().encode())
+                await self._changed.wait(seen, 60)
+
+    def look_again(self) -> None:
+        """What was set on it counts from now on."""
+        self._changed.send()
+
+    def _versions(self) -> Iterator[Loaded]:
+        for serving in self._mirror.items.values():
+            for each in serving.versions:
+                reason = self.failing.get(each.version, "")
+                loading = LoadState.LOADING if each.version in self.slow else LoadState.READY
+                yield Loaded(
+                    tenant=serving.tenant,
+                    model=serving.model,
+                    version=each.version,
+                    sha256=each.sha256,
+                    state=LoadState.FAILED if reason else loading,
+                    reason=reason,
+                )
+
+
+class RecordingBus:
+    """The bus without Kafka: keeps what is sent, and hands over what a test says has happened."""
+
+    def __init__(self) -> None:
+        self.sent: list[Message] = []
+        self._handlers: dict[type[Event], Callable[[Any], Awaitable[None]]] = {}
+
+    def subscribe(self, kind: type[E], handler: Callable[[E], Awaitable[None]]) -> None:
+        self._handlers[kind] = handler
+
+    async def tell(self, event: Event) -> None:
+        await self._handlers[type(event)](event)
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    async def send(self, messages: Sequence[Message]) -> None:
+        self.sent.extend(messages)
+
+    async def close(self) -> None: ...

@@ -1,0 +1,123 @@
+"""The whole service on real PostgreSQL, etcd and Envoy. Only Kafka and the workers are stood in for."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+from lepton.processes import free_port
+from lepton_common.auth import new_secret
+from lepton_common.db import Database
+from lepton_common.etcd import EtcdClient
+from lepton_common.events import VersionRegistered
+from lepton_common.records import KEYS, SERVING, KeyRecord, Scope, Serving
+from lepton_common.telemetry import configure
+from lepton_common.types import ModelRef
+from lepton_rollout.envoy import EnvoyMesh
+from lepton_rollout.main import build
+from lepton_rollout.settings import Settings
+
+from .stand_ins import PoolWorker, RecordingBus, StartWorker, assigned
+
+
+class Lab:
+    """Replicas of the service, their callers, workers and the facts they hear."""
+
+    def __init__(self, settings: Settings, etcd: EtcdClient, start_worker: StartWorker) -> None:
+        self.etcd = etcd
+        self.bus = RecordingBus()
+        self.settings = settings
+        self._start_worker = start_worker
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @asynccontextmanager
+    async def service(self, **changes: object) -> AsyncIterator[httpx.AsyncClient]:
+        """A replica that is ready, and a client of it."""
+        settings = self.settings.model_copy(update={"port": free_port(), **changes})
+        mesh = EnvoyMesh(settings.mesh_dir, settings.envoy_admin)
+        telemetry = configure("rollout", settings)
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        service = build(
+            settings, telemetry, Database(settings.postgres_dsn, "rollout"), EtcdClient(settings.etcd), self.bus, mesh
+        )
+        service.on_close(mesh.close)
+        stop = asyncio.Event()
+        running = asyncio.create_task(service.run(stop))
+        try:
+            url, headers = f"http://127.0.0.1:{settings.port}", {"Authorization": f"Bearer {await self.key()}"}
+            async with httpx.AsyncClient(base_url=url, headers=headers, timeout=30) as client:
+                await ready(client)
+                yield client
+        finally:
+            stop.set()
+            await running
+            telemetry.close()
+
+    async def key(self, *scopes: Scope, tenant: str = "default") -> str:
+        """A key with these scopes, or with all."""
+        secret, digest, prefix = new_secret()
+        record = KeyRecord(
+            id=prefix,
+            prefix=prefix,
+            tenant=tenant,
+            name="ann",
+            scopes=frozenset(scopes or {Scope.ADMIN}),
+            created_at=datetime.now(UTC),
+        )
+        await self.etcd.put(f"{KEYS}{digest}", record.model_dump_json().encode())
+        return secret
+
+    async def worker(self, name: str) -> PoolWorker:
+        worker = PoolWorker(self.etcd, await self._start_worker(name))
+        self._tasks.append(asyncio.create_task(worker.run()))
+        return worker
+
+    async def register(self, model: ModelRef, *versions: int, deploy: bool = False) -> None:
+        """The registry's facts, as Kafka delivers them."""
+        for version in versions:
+            await self.bus.tell(
+                VersionRegistered(
+                    tenant=model.tenant,
+                    model=model.model,
+                    version=version,
+                    sha256=assigned(version).sha256,
+                    size_bytes=1000,
+                    deploy=deploy,
+                    actor="ann",
+                )
+            )
+
+    async def ended(self, client: httpx.AsyncClient, rollout: dict[str, Any]) -> dict[str, Any]:
+        """The rollout once it is over."""
+        while rollout["finished_at"] is None:
+            answer = await client.get(f"/v1/rollouts/{rollout['id']}")
+            rollout = answer.raise_for_status().json()
+        return rollout
+
+    async def deploy(self, client: httpx.AsyncClient, model: ModelRef, version: int) -> dict[str, Any]:
+        """The finished rollout of the version."""
+        answer = await client.post("/v1/rollouts", json={"model": model.model, "version": version})
+        return await self.ended(client, answer.raise_for_status().json())
+
+    async def serving(self, model: ModelRef) -> Serving:
+        found = await self.etcd.get(f"{SERVING}{model}")
+        assert found is not None
+        return Serving.model_validate_json(found.value)
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def ready(client: httpx.AsyncClient) -> None:
+    """The service that the client calls is ready."""
+    while True:
+        try:
+            if (await client.get("/health/ready")).status_code == 200:
+                return
+        except httpx.TransportError:
+            await asyncio.sleep(0.02)
