@@ -1,37 +1,48 @@
-"""What limits a path: how much of a core each process burns under load, and where our own processes spend it."""
+"""Where our own processes spend their CPU time under load, by py-spy."""
 
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-_SECONDS = 3
+SECONDS = 3
+_TOP = 5
+
+Hot = dict[str, list[tuple[str, float]]]
 
 
-def sample(pids: dict[str, int]) -> dict[str, list[tuple[str, float]]]:
-    """The functions in which each named process spends its own CPU time (top of the stack), by py-spy, as shares of 1."""
+@contextmanager
+def sampled(pids: dict[str, int]) -> Iterator[Hot]:
+    """While the block runs, each named process is sampled; afterwards the dict has its busiest functions.
+
+    A function's figure is the share (0 to 1) of the samples in which it was on top of the stack.
+    """
+    found: Hot = {}
     with tempfile.TemporaryDirectory() as folder:
         py_spy = Path(sys.executable).with_name("py-spy")
-        options = ["--format", "raw", "--duration", str(_SECONDS), "--rate", "200", "--threads", "--nonblocking"]
-        running = {
-            name: subprocess.Popen(
+        options = ["--format", "raw", "--function", "--duration", str(SECONDS), "--rate", "200", "--nonblocking"]
+        recorders = [
+            subprocess.Popen(
                 [py_spy, "record", *options, "--output", str(Path(folder, name)), "--pid", str(pid)],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
             for name, pid in pids.items()
-        }
-        for child in running.values():
-            child.wait(_SECONDS * 10)
-        return {name: _top(Path(folder, name)) for name in running}
+        ]
+        yield found
+        for recorder in recorders:
+            recorder.wait(10 * SECONDS)
+        found |= {name: _top(Path(folder, name)) for name in pids}
 
 
 def _top(stacks: Path) -> list[tuple[str, float]]:
-    """The five functions with the most samples of their own; py-spy writes `frame;frame;… count` a line."""
+    """py-spy writes `frame;frame;… count` a line."""
     own: Counter[str] = Counter()
     for line in stacks.read_text().splitlines() if stacks.exists() else []:
         stack, _, count = line.rpartition(" ")
         own[stack.rpartition(";")[2]] += int(count)
     total = sum(own.values()) or 1
-    return [(name, count / total) for name, count in own.most_common(5)]
+    return [(name, count / total) for name, count in own.most_common(_TOP)]

@@ -47,7 +47,9 @@ def free_port() -> int:
 class Server:
     """A running server: its URL and all its processes. It stands still (SIGSTOP) while it is not being measured."""
 
-    def __init__(self, name: str, url: str, ready: str, argv: Sequence[str | Path], env: Mapping[str, str], cwd: Path):
+    def __init__(
+        self, name: str, url: str, ready: str, argv: Sequence[str | Path], env: Mapping[str, str], cwd: Path
+    ) -> None:
         self.name, self.url = name, url
         self._log = (cwd / "log.txt").open("wb")
         self._child = subprocess.Popen(
@@ -92,23 +94,30 @@ class Server:
         raise RuntimeError(f"{self.name} did not become ready:\n{tail}")
 
 
-def mlserver(model: Path, folder: Path, *, batched: bool) -> Server:
-    """MLServer without worker processes (its fastest form here), with or without its adaptive batching."""
+def mlserver(model: Path, folder: Path) -> Server:
+    """MLServer without worker processes, its fastest form here."""
+    return _mlserver("MLServer 1.7.1", model, folder / "mlserver", {})
+
+
+def mlserver_batching(model: Path, folder: Path) -> Server:
+    """MLServer with its adaptive batching, with as small a window as it takes."""
+    batching = {"max_batch_size": 32, "max_batch_time": 0.001}
+    return _mlserver("MLServer 1.7.1, batching", model, folder / "mlserver-batching", batching)
+
+
+def _mlserver(name: str, model: Path, cwd: Path, batching: Mapping[str, float]) -> Server:
     home = environment("mlserver")
-    cwd = folder / f"mlserver-{batched}"
     cwd.mkdir()
     shutil.copy(HERE / "peer_servers/mlserver_runtime.py", cwd)
     http = free_port()
     ports = {"http_port": http, "grpc_port": free_port(), "metrics_port": free_port()}
     settings = {"host": "127.0.0.1", "parallel_workers": 0, "debug": False, "metrics_endpoint": None, **ports}
     Path(cwd, "settings.json").write_text(json.dumps(settings))
-    batching = {"max_batch_size": 32, "max_batch_time": 0.001} if batched else {}
     model_settings = {"name": "mlp", "implementation": "mlserver_runtime.OnnxModel", **batching}
     Path(cwd, "model-settings.json").write_text(json.dumps(model_settings))
     base = f"http://127.0.0.1:{http}/v2"
-    argv = [home / "bin/mlserver", "start", "."]
+    argv: list[str | Path] = [home / "bin/mlserver", "start", "."]
     env = {"BENCH_MODEL": str(model)}
-    name = "MLServer 1.7.1, batching" if batched else "MLServer 1.7.1"
     return Server(name, f"{base}/models/mlp/infer", f"{base}/health/ready", argv, env, cwd)
 
 
@@ -119,7 +128,7 @@ def litserve(model: Path, folder: Path) -> Server:
     cwd.mkdir()
     port = free_port()
     base = f"http://127.0.0.1:{port}"
-    argv = [home / "bin/python", HERE / "peer_servers/litserve_server.py", str(port)]
+    argv: list[str | Path] = [home / "bin/python", HERE / "peer_servers/litserve_server.py", str(port)]
     env = {"BENCH_MODEL": str(model)}
     return Server("LitServe", f"{base}/v2/models/mlp/infer", f"{base}/health", argv, env, cwd)
 
@@ -145,7 +154,7 @@ def triton(model: Path, folder: Path) -> Server:
     (repository / "mlp/config.pbtxt").write_text(_TRITON_CONFIG)
     shutil.copy(HERE / "peer_servers/triton_model.py", repository / "mlp/1/model.py")
     port = free_port()
-    argv = [
+    argv: list[str | Path] = [
         server / "bin/tritonserver",
         f"--model-repository={repository}",
         f"--backend-directory={server / 'backends'}",
