@@ -19,6 +19,10 @@ import psutil
 _PORTS = range(20_000, 32_000)
 
 
+# Every process says in its environment which part it is, so that it is found even when the record of its pid is lost.
+_MARK = "LEPTON_PART"
+
+
 class StartFailed(Exception):
     """A part did not become ready. The message says which, why, and ends with the last lines of its log."""
 
@@ -86,18 +90,32 @@ class Process:
         by default `<folder>/<name>.log`. Raises StartFailed."""
         recipe.folder.mkdir(parents=True, exist_ok=True)
         recipe.prepare()
-        log = log or recipe.folder / f"{recipe.name}.log"
-        with log.open("ab") as out:
-            # A session of its own: Ctrl-C in the terminal is the supervisor's to handle, in order.
-            process = psutil.Popen(
-                recipe.argv(),
-                env={**os.environ, **recipe.environment()},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        return cls.spawn(recipe, log or recipe.folder / f"{recipe.name}.log")
+
+    @classmethod
+    def spawn(cls, recipe: Recipe, log: Path) -> "Process":
+        """The process of a prepared recipe. Raises StartFailed when the program cannot be run."""
+        try:
+            with log.open("ab") as out:
+                # A session of its own: Ctrl-C in the terminal is the supervisor's to handle, in order.
+                process = psutil.Popen(
+                    recipe.argv(),
+                    env={**os.environ, **recipe.environment(), _MARK: _mark(recipe)},
+                    cwd=recipe.folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise StartFailed(f"{recipe.name} cannot be run: {error}") from error
         return cls(recipe, process, log)
+
+    @classmethod
+    def adopt(cls, recipe: Recipe, identity: Identity, log: Path) -> "Process | None":
+        """The recipe's process that someone else started; None when it has ended."""
+        process = identity.find()
+        return cls(recipe, process, log) if process else None
 
     @property
     def pid(self) -> int:
@@ -126,26 +144,47 @@ class Process:
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """The process has ended: cleanly when it managed to in `timeout_s`, else killed with its children."""
-        self.send(self.recipe.stop_signal)
-        if not self.wait(timeout_s):
-            self.kill()
+        end(self._process, self.recipe.stop_signal, timeout_s)
 
     def kill(self) -> None:
         """The process and its children have ended by SIGKILL."""
-        children: list[psutil.Process] = []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            children = self._process.children(recursive=True)
-        self.send(signal.SIGKILL)
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        self.wait(10.0)
+        end(self._process, signal.SIGKILL)
 
     def send(self, number: signal.Signals) -> None:
         """The signal was delivered, unless the process has ended."""
-        if process := self.identity.find():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._process.send_signal(number)
+
+
+def end(process: psutil.Process, number: signal.Signals = signal.SIGTERM, timeout_s: float = 10.0) -> None:
+    """The process has ended by the signal, or, when it did not in `timeout_s` or `number` is SIGKILL, with its children
+    by SIGKILL."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if number != signal.SIGKILL:
+            process.send_signal(number)
+            with contextlib.suppress(psutil.TimeoutExpired):
+                process.wait(timeout_s)
+                return
+        for each in [process, *process.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
+                each.kill()
+        process.wait(timeout_s)
+
+
+def _mark(recipe: Recipe) -> str:
+    return f"{recipe.name} {recipe.folder}"
+
+
+def marked(folder: Path) -> dict[str, Identity]:
+    """Every running part whose own folder is in `folder`, by name, whoever started it."""
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            name, _, part_folder = process.environ().get(_MARK, "").partition(" ")
+            # Its children inherited the mark, but only the process we spawned leads a session.
+            if name and Path(part_folder).parent == folder and os.getsid(process.pid) == process.pid:
+                found[name] = Identity.of(process)
+    return found
 
 
 @contextlib.contextmanager

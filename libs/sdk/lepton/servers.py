@@ -161,7 +161,8 @@ class MockKafka:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        """With the scheme by which the services know the mock."""
+        return f"mock://127.0.0.1:{self.port}"
 
     def prepare(self) -> None: ...
 
