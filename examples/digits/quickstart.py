@@ -136,7 +136,7 @@ def draw(image: Array) -> list[str]:
 
 
 def caption(predicted: int, confidence: float, label: int) -> str:
-    return f"{predicted} ({confidence:.0%})" if predicted == label else f"{predicted} ({confidence:.0%}), no: {label}"
+    return f"{predicted} ({confidence:.0%})" if predicted == label else f"{predicted} ({confidence:.0%}), it's {label}"
 
 
 def show_what_next(url: str) -> None:

@@ -42,10 +42,9 @@ def list_keys(ctx: typer.Context, json: Json = False) -> None:
             "ID": lambda key: key.id,
             "NAME": lambda key: key.name,
             "PREFIX": lambda key: key.prefix,
-            "TENANT": lambda key: key.tenant,
-            "SCOPES": lambda key: " ".join(sorted(key.scopes)),
             "MADE": lambda key: key.created_at,
-            "EXPIRES": lambda key: f"{key.expires_at:%Y-%m-%d %H:%M}" if key.expires_at else "never",
+            "EXPIRES": lambda key: key.expires_at or "never",
+            "SCOPES": lambda key: " ".join(sorted(key.scopes)),
         },
         json=json,
     )

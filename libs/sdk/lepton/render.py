@@ -13,6 +13,8 @@ from rich.table import Table
 from lepton.errors import LeptonError
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from lepton.flow import OnProgress, Progress
 
 T = TypeVar("T")
@@ -30,6 +32,7 @@ _STATE_STYLES = {
     "shifting": "yellow",
     "failing": "red",
 }
+_UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
 _STAGES = {
     "upload": "Uploading",
     "loading": "Workers load it",
@@ -63,11 +66,10 @@ def print_json(value: Any) -> None:
     """The value as indented JSON on stdout; NaN and infinities are null."""
     import orjson
 
-    def plain(each: Any) -> Any:
-        return each.model_dump(mode="json") if hasattr(each, "model_dump") else each.tolist()
+    def plain(shape: "BaseModel") -> Any:
+        return shape.model_dump(mode="json")
 
-    options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY
-    console.file.write(orjson.dumps(value, default=plain, option=options).decode() + "\n")
+    console.file.write(orjson.dumps(value, default=plain, option=orjson.OPT_INDENT_2).decode() + "\n")
 
 
 def print_error(error: LeptonError) -> None:
@@ -82,7 +84,7 @@ def _cell(value: object) -> str:
         case None:
             return "-"
         case datetime():
-            return ago(value, datetime.now(UTC))
+            return when(value, datetime.now(UTC))
         case float():
             return f"{value:g}"
     text = escape(str(value))
@@ -90,13 +92,12 @@ def _cell(value: object) -> str:
     return f"[{style}]{text}[/]" if style else text
 
 
-def ago(then: datetime, now: datetime) -> str:
-    """How long ago, in the largest unit that fits."""
-    seconds = max(0, round((now - then).total_seconds()))
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds // size} {unit} ago"
-    return f"{seconds} s ago"
+def when(then: datetime, now: datetime) -> str:
+    """How long ago or ahead, in the largest unit that fits."""
+    seconds = round((now - then).total_seconds())
+    length, unit = next((each for each in _UNITS if abs(seconds) >= each[0]), (1, "s"))
+    count = abs(seconds) // length
+    return f"{count} {unit} ago" if seconds >= 0 else f"in {count} {unit}"
 
 
 def size(count: float) -> str:
