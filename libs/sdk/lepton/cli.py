@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lepton import cli_keys, cli_models, render
+from lepton import cli_keys, cli_models, cli_platform, render
 from lepton.errors import Forbidden, LeptonError, NotFound, Unauthenticated, Unavailable, Unreachable
 
 # The first matching kind wins, so the narrower ones stand first; any other error is 1, wrong usage is 2.
@@ -50,6 +50,7 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, epilog=_ENDINGS)
+app.add_typer(cli_platform.commands)
 app.add_typer(cli_models.commands)
 app.add_typer(cli_keys.commands, name="keys", help="Make, list and revoke API keys.", rich_help_panel="Keys")
 
