@@ -1,17 +1,20 @@
-"""The whole registry on real parts, Kafka among them: a push is told, heard, and found on the timeline."""
+"""The whole registry on real parts: a push is told, heard and found on the timeline, also when a part was away."""
 
 import hashlib
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import httpx
+from lepton.processes import running
+from lepton.servers import Etcd, Postgres
 from lepton_common import envelope
 from lepton_common.events import RolloutFinished
 from lepton_common.kafka import KafkaBus
 from lepton_common.telemetry import Telemetry
 from lepton_registry.settings import Settings
 
-from .conftest import OPERATOR, model_bytes, serving, until, url_of
+from .conftest import OPERATOR, RecordingBus, model_bytes, serving, until, url_of
 
 
 async def test_pushed_and_promoted_model_has_its_story_on_the_timeline(
@@ -63,3 +66,29 @@ async def test_push_is_taken_while_kafka_is_away_and_told_later(
             return len((await client.get("/v1/models/late/timeline")).json()["items"]) == 2
 
         await until(is_told, within_s=60)
+
+
+async def test_commands_say_try_again_while_a_part_is_away_and_work_when_it_is_back(
+    settings: Settings, tmp_path: Path
+) -> None:
+    postgres, etcd = Postgres(tmp_path / "postgres"), Etcd(tmp_path / "etcd")
+    headers = {"authorization": f"Bearer {OPERATOR}"}
+    with running(postgres) as database, running(etcd) as table:
+        own = settings.model_copy(update={"postgres_dsn": postgres.dsn, "etcd": etcd.address})
+        async with (
+            serving(own, RecordingBus()),
+            httpx.AsyncClient(base_url=url_of(own), headers=headers, timeout=30) as client,
+        ):
+            for part, path in ((database, "/v1/models"), (table, "/v1/keys")):
+                assert (await client.get(path)).status_code == 200
+                part.kill()
+                away = await client.get(path)
+                assert away.status_code == 503
+                assert int(away.headers["retry-after"]) >= 1
+                assert "is not available" in away.json()["detail"]
+                with running(part.recipe):
+
+                    async def is_back(path: str = path) -> bool:
+                        return (await client.get(path)).status_code == 200
+
+                    await until(is_back, within_s=30)
