@@ -1,0 +1,118 @@
+"""The hot path's HTTP/1.1 server: asyncio.Protocol on httptools, one plain call a request.
+
+    server = Server(handler)                  # handler(request) -> None; it answers now or later, on the loop's thread
+    await server.start("127.0.0.1", 8000)
+    request.respond(200, JSON, body)          # exactly once; an answer to a peer that left is dropped
+    await server.drain(grace_s=10)
+
+`http11_client.py` is the other half. What makes it fast: no task, future or timer per request, one write per
+answer, and heads that repeat are parsed once (`Server.heads`). What keeps it safe: llhttp in its strict mode, one
+request at a time per connection however many are pipelined, and limits on every size and time.
+"""
+
+import asyncio
+import email.utils
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lepton_common.http11_connection import Connection
+from lepton_common.http11_request import JSON, Buffer, Head, Request, error_body, header_block
+
+__all__ = ["JSON", "Buffer", "Handler", "Request", "Server", "ServerLimits", "error_body", "header_block"]
+
+Handler = Callable[[Request], None]
+
+_SWEEP_S = 0.1
+_MAX_HEADS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """What a peer may cost. A head or body must be complete within its time, a write must make progress within its."""
+
+    max_body_bytes: int = 64 << 20
+    max_header_bytes: int = 32 << 10
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 60.0
+    idle_timeout_s: float = 75.0  # longer than any client keeps a connection, so that it is the client who closes
+    write_timeout_s: float = 30.0
+    max_pipelined: int = 16
+
+
+class Server:
+    """Listens on one address and hands every request to `handler`."""
+
+    def __init__(self, handler: Handler, limits: ServerLimits | None = None) -> None:
+        self.handler = handler
+        self.limits = limits or ServerLimits()
+        self.connections: set[Connection] = set()
+        # Heads by their bytes: a caller repeats its own. Unique ones (trace ids) only pass through.
+        self.heads: dict[bytes, Head] = {}
+        self.rejected = 0
+        self.draining = False
+        self.now = 0.0  # loop time of the last sweep
+        self.date = b""
+        self._empty = asyncio.Event()
+        self._listener: asyncio.Server | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def start(self, host: str, port: int = 0) -> None:
+        """Accept connections on host:port; port 0 takes a free one, see `address`."""
+        loop = asyncio.get_running_loop()
+        self._sweep(loop)
+        self._listener = await loop.create_server(lambda: Connection(self), host, port, backlog=1024)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        assert self._listener is not None, "the server is not started"
+        host, port = self._listener.sockets[0].getsockname()[:2]
+        return str(host), int(port)
+
+    async def drain(self, grace_s: float) -> None:
+        """Accept no more, let what is in flight finish within `grace_s`, then close everything."""
+        self.draining = True
+        if self._listener is not None:
+            self._listener.close()
+        for connection in tuple(self.connections):
+            connection.leave()
+        try:
+            async with asyncio.timeout(grace_s):
+                while self.connections:
+                    self._empty.clear()
+                    await self._empty.wait()
+        except TimeoutError:
+            for connection in tuple(self.connections):
+                connection.abort()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def remember(self, data: bytes, head: Head) -> None:
+        """Keep the parsed head when `data` was exactly that head and the body it announced."""
+        cut = data.find(b"\r\n\r\n") + 4
+        if len(data) - cut == head.length:
+            if len(self.heads) >= _MAX_HEADS:
+                self.heads.clear()
+            self.heads[data[:cut]] = head
+
+    def lost(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+        if not self.connections:
+            self._empty.set()
+
+    def failed(self, request: Request, error: Exception) -> None:
+        """A handler raised: the caller gets a 500 without details, the loop's exception handler gets the error."""
+        asyncio.get_running_loop().call_exception_handler(
+            {"message": f"handler of {request.method} {request.path} failed", "exception": error}
+        )
+        if not request.answered:
+            request.respond(500, JSON, error_body("internal error"))
+
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The one timer of all connections."""
+        self.now = loop.time()
+        self.date = f"date: {email.utils.formatdate(usegmt=True)}\r\n".encode()
+        for connection in tuple(self.connections):
+            connection.probe()
+            if connection.deadline <= self.now:
+                connection.expire()
+        self._timer = loop.call_later(_SWEEP_S, self._sweep, loop)
