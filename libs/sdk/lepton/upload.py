@@ -6,8 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from lepton.errors import Conflict, Invalid, Unavailable
-from lepton.flow import Ask, Flow, OnProgress, Progress, Reply, ask, parsed, pause, work
-from lepton.models import Upload
+from lepton.flow import Ask, Flow, OnProgress, Progress, Reply, ask, pause, work
 
 _CHUNK_BYTES = 1 << 20
 # Breaks in a row, none of which got a byte further, until an upload is given up.
@@ -57,22 +56,22 @@ def upload(source: Path | bytes, *, progress: OnProgress | None = None) -> Flow[
         raise Invalid("The model is empty.")
     report = progress or (lambda _: None)
     sha256 = yield from work(content.sha256)
-    offset = yield from _offset(sha256)
-    breaks = 0
-    while offset is not None:
-        before = offset
-        failure: Conflict | Unavailable | None = None
+    furthest, breaks = -1, 0
+    while True:
         try:
-            reply = yield from ask(_put(content, sha256, offset, report))
-            offset = parsed(Upload, reply).offset if reply.status == 202 else None
-        except (Conflict, Unavailable) as error:
-            failure = error
             offset = yield from _offset(sha256)
-        if offset is not None:
-            breaks = breaks + 1 if offset <= before else 0
-            if breaks == _MAX_BREAKS:
-                raise failure or Unavailable("The upload does not advance.")
-            yield from pause((failure and failure.retry_after_s) or 0.1 * 2**breaks)
+            if offset is None:
+                break
+            if offset > furthest:
+                furthest, breaks = offset, 0
+            reply = yield from ask(_put(content, sha256, offset, report))
+            if reply.status == 202:
+                raise Unavailable("Only a part of the model arrived.")
+        except (Conflict, Unavailable) as error:
+            breaks += 1
+            if furthest < 0 or breaks > _MAX_BREAKS:
+                raise
+            yield from pause(error.retry_after_s or 0.1 * 2**breaks)
     report(Progress("upload", content.size_bytes, content.size_bytes))
     return sha256
 

@@ -112,7 +112,17 @@ def test_an_upload_that_gets_no_further_is_given_up_after_growing_pauses() -> No
 
     with pytest.raises(Unreachable, match="it broke"):
         play(upload(b"model"))
-    assert pauses == [0.2, 0.4, 0.8, 1.6, 3.2]
+    assert pauses == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4]
+
+
+def test_an_upload_outlives_a_platform_that_is_away_for_a_while(
+    client: Client, platform: Platform, model: Path
+) -> None:
+    platform.broken_uploads = [500_000]
+    # The first HEAD is answered; after the break so many calls find the platform away that one call gives up.
+    platform.answers = [Answer(404), *[Answer(503)] * 5]
+    sha256 = client.upload(model)
+    assert platform.artifacts[sha256] == model.read_bytes()
 
 
 def test_an_empty_model_is_refused_before_anything_is_sent(client: Client, platform: Platform) -> None:
