@@ -1,0 +1,115 @@
+"""The platform as a user has it: real Kafka, PostgreSQL, etcd, Envoy and every service, started once a session.
+
+`platform` is shared: a test leaves it as it found it, apart from models and keys of its own. What destroys something
+gets a platform of its own from `private_platform`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+
+import pytest
+from lepton import Client
+
+from . import onnx_models
+from .local_platform import Platform, running_platform, until
+
+# A model that hangs while it loads is given up after so long. Sound ones take a second or two.
+LOAD_TIMEOUT_S = 15
+
+_numbers = count(1)
+
+
+@pytest.fixture(scope="session")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """The session's platform, with two workers."""
+    with running_platform(
+        tmp_path_factory.mktemp("platform"), settings={"LEPTON_LOAD_TIMEOUT_S": str(LOAD_TIMEOUT_S)}
+    ) as platform:
+        yield platform
+
+
+@pytest.fixture
+def private_platform(tmp_path: Path) -> Iterator[Callable[..., Platform]]:
+    """Starts platforms that belong to the test alone: `private_platform(workers=1, settings={"LEPTON_…": "…"})`."""
+    with ExitStack() as platforms:
+
+        def start(*, workers: int = 2, settings: Mapping[str, str] | None = None) -> Platform:
+            folder = tmp_path / f"platform-{next(_numbers)}"
+            return platforms.enter_context(running_platform(folder, workers=workers, settings=settings))
+
+        yield start
+
+
+@pytest.fixture
+def client(platform: Platform) -> Iterator[Client]:
+    """The operator's client."""
+    with platform.client() as client:
+        yield client
+
+
+@pytest.fixture
+def name() -> str:
+    """A name that no model, key or tenant has yet."""
+    return f"test-{next(_numbers)}"
+
+
+@pytest.fixture(scope="session")
+def make_key(platform: Platform) -> Iterator[Callable[..., str]]:
+    """Makes keys: `make_key("infer", "deploy", tenant="acme")` is the secret of a new one, known to every service."""
+    with platform.client() as operator:
+
+        def make(*scopes: str, tenant: str | None = None) -> str:
+            if tenant and tenant not in {each.name for each in operator.tenants()}:
+                operator.create_tenant(tenant)
+            secret = operator.create_key(f"key-{next(_numbers)}", scopes=scopes, tenant=tenant).secret
+            with platform.http(secret) as http:
+                paths = ("/v1/models", "/v1/serving", "/v2")
+                until(lambda: all(http.get(path).status_code != 401 for path in paths))
+            return secret
+
+        yield make
+
+
+# --- models, each pushed when the first test asks for it --------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def mlp(platform: Platform) -> str:
+    return platform.serve("mlp", onnx_models.mlp())
+
+
+@pytest.fixture(scope="session")
+def every_datatype(platform: Platform) -> str:
+    return platform.serve("every-datatype", onnx_models.every_datatype())
+
+
+@pytest.fixture(scope="session")
+def echo(platform: Platform) -> str:
+    return platform.serve("echo", onnx_models.echo())
+
+
+@pytest.fixture(scope="session")
+def text(platform: Platform) -> str:
+    return platform.serve("text", onnx_models.echo("BYTES", ("rows",)))
+
+
+@pytest.fixture(scope="session")
+def arithmetic(platform: Platform) -> str:
+    return platform.serve("arithmetic", onnx_models.arithmetic())
+
+
+@pytest.fixture(scope="session")
+def slow(platform: Platform) -> str:
+    return platform.serve("slow", onnx_models.slow())
+
+
+@pytest.fixture(scope="session")
+def fragile(platform: Platform) -> str:
+    return platform.serve("fragile", onnx_models.fragile())
+
+
+@pytest.fixture(scope="session")
+def neighbourly(platform: Platform) -> str:
+    return platform.serve("neighbourly", onnx_models.neighbourly())
