@@ -6,7 +6,7 @@ parameters), and what tritonclient 2.73 puts on the wire: no content type is loo
 """
 
 import json
-import os
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -75,7 +75,7 @@ def decode_request(body: bytes | bytearray, header_length: int | None, signature
         request_id = _new_id()
     elif type(request_id) is not str:
         raise Invalid("id must be a string")
-    parameters = _parameters("the request", document)
+    parameters = _parameters("the request", document) if "parameters" in document else _NONE
     return InferRequest(
         request_id,
         _decode_inputs(document.get("inputs"), tail, signature),
@@ -133,7 +133,8 @@ def encode_response(
 
 
 def _new_id() -> str:
-    return os.urandom(16).hex()
+    # Unique is enough. os.urandom would give up the interpreter lock to the model's threads for every request.
+    return f"{random.getrandbits(128):032x}"
 
 
 def _parse(body: bytes | bytearray) -> Any:
@@ -181,7 +182,9 @@ def _decode_inputs(items: object, tail: memoryview | None, signature: Signature)
         if spec.name in arrays:
             raise Invalid(f"input {spec.name!r} is given twice")
         shape = checked_shape(spec, item.get("shape"))
-        size = _parameters(f"input {spec.name!r}", item).get("binary_data_size")
+        size = None
+        if "parameters" in item:
+            size = _parameters(f"input {spec.name!r}", item).get("binary_data_size")
         if size is None:
             if "data" not in item:
                 raise Invalid(f"input {spec.name!r}: data is missing")

@@ -42,7 +42,7 @@ class TensorSpec:
             return False
         # A loop, because a generator would take longer than all the rest of the check.
         for want, got in zip(self.shape, shape, strict=True):  # noqa: SIM110
-            if want not in (-1, got):
+            if want != got and want != -1:
                 return False
         return True
 

@@ -6,7 +6,10 @@ holds. Integers are exact and in range or refused; nothing wraps or is rounded s
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain
+from operator import countOf
+from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -19,18 +22,23 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 MAX_ELEMENTS = 1 << 28
 _LENGTH_BYTES = 4  # of the little-endian length in front of each BYTES element
-_FLOATS = frozenset({"FP16", "FP32", "FP64", "BF16"})
+# How `struct` packs Python floats: checked for overflow, in half the time that numpy takes.
+_PACKED = {"FP16": "e", "FP32": "f", "FP64": "d"}
 
 
 def checked_shape(spec: TensorSpec, shape: object) -> tuple[int, ...]:
     """The shape as a tuple that fits the spec. Raises Invalid naming the input, TooLarge beyond MAX_ELEMENTS."""
-    if type(shape) is not list or not set(map(type, shape)) <= {int} or (shape and min(shape) < 0):
+    if type(shape) is not list:
         raise Invalid(f"input {spec.name!r}: shape must be a list of non-negative integers")
+    elements = 1
+    for dim in shape:
+        if type(dim) is not int or dim < 0:
+            raise Invalid(f"input {spec.name!r}: shape must be a list of non-negative integers")
+        elements *= dim or 1  # An empty dimension counts as one: numpy refuses (0, 2**62) too.
     checked = tuple(shape)
     if not spec.fits(checked):
         raise Invalid(f"input {spec.name!r}: got shape {_shown(checked)}, expected {list(spec.shape)}")
-    # Empty dimensions count as one: numpy refuses (0, 2**62) too.
-    if math.prod(dim or 1 for dim in checked) > MAX_ELEMENTS:
+    if elements > MAX_ELEMENTS:
         raise TooLarge(f"input {spec.name!r}: shape {_shown(checked)} has more than {MAX_ELEMENTS} elements")
     return checked
 
@@ -40,16 +48,11 @@ def from_json(spec: TensorSpec, shape: tuple[int, ...], data: object) -> Array:
     flat = _flatten(spec.name, data)
     if len(flat) != math.prod(shape):
         raise Invalid(f"input {spec.name!r}: shape {_shown(shape)} needs {math.prod(shape)} elements, got {len(flat)}")
-    kinds = set(map(type, flat))
     try:
-        if spec.datatype in _FLOATS:
-            array = _floats(spec, flat, kinds)
-        elif spec.datatype == "BYTES":
-            array = _strings(spec, flat, kinds)
-        elif spec.datatype == "BOOL":
-            array = _bools(spec, flat, kinds)
+        if spec.datatype in _PACKED and countOf(map(type, flat), float) == len(flat):
+            array = np.frombuffer(_packing(_PACKED[spec.datatype], len(flat)).pack(*flat), DTYPES[spec.datatype])
         else:
-            array = _integers(spec, flat, kinds)
+            array = _CONVERT.get(spec.datatype, _integers)(spec, flat, set(map(type, flat)))
     except (OverflowError, FloatingPointError) as error:
         raise Invalid(f"input {spec.name!r}: a value does not fit {spec.datatype}") from error
     return array.reshape(shape)
@@ -116,6 +119,11 @@ def classify(name: str, array: Array, batched: bool, top: int, labels: Sequence[
     return classes if batched else classes[0]
 
 
+@lru_cache(maxsize=256)
+def _packing(code: str, count: int) -> Struct:
+    return Struct(f"<{count}{code}")
+
+
 def _shown(shape: tuple[int, ...]) -> str:
     return str(list(shape))[:200]
 
@@ -164,6 +172,9 @@ def _strings(spec: TensorSpec, flat: list[Any], kinds: set[type]) -> Array:
     array = np.empty(len(flat), object)
     array[:] = [item.encode() for item in flat]
     return array
+
+
+_CONVERT = {"FP16": _floats, "FP32": _floats, "FP64": _floats, "BF16": _floats, "BOOL": _bools, "BYTES": _strings}
 
 
 def _unexpected(spec: TensorSpec, expected: str, kinds: set[type]) -> Invalid:

@@ -1,0 +1,94 @@
+"""The first load of an artifact, in a child process: what crashes or hangs there harms nothing else.
+
+    python -m lepton_worker.trial FILE INTRA_OP_THREADS
+
+loads the file, examines it and prints the verdict as JSON, or `{"refused": reason}`.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lepton_common.errors import Invalid
+
+from lepton_worker.domain import Verdict
+from lepton_worker.engine import RUNTIME, Engine
+from lepton_worker.warmup import examine
+
+COMMAND = (sys.executable, "-m", "lepton_worker.trial")
+
+
+class Trial:
+    """Tries artifacts. A verdict is kept beside its artifact, so that only the first load of a digest pays for it."""
+
+    def __init__(self, intra_op_threads: int, timeout_s: float, command: Sequence[str] = COMMAND) -> None:
+        self._intra_op_threads = intra_op_threads
+        self._timeout_s = timeout_s
+        self._command = command
+
+    async def verdict(self, path: Path) -> Verdict:
+        """What is known of the artifact in `path`. Raises Invalid saying how it was refused, crashed or hung."""
+        note = path.with_suffix(".verdict")
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            known = json.loads(note.read_text())
+            if known.pop("runtime") == RUNTIME:
+                return Verdict(**known)
+        verdict = await self._try(path)
+        note.write_text(json.dumps({"runtime": RUNTIME, **dataclasses.asdict(verdict)}))
+        return verdict
+
+    async def _try(self, path: Path) -> Verdict:
+        child = await asyncio.create_subprocess_exec(
+            *self._command,
+            str(path),
+            str(self._intra_op_threads),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                output, _ = await child.communicate()
+        except TimeoutError:
+            raise Invalid(f"the model did not load within {self._timeout_s:g} s") from None
+        finally:
+            if child.returncode is None:
+                child.kill()
+                await child.wait()
+        return _verdict(child.returncode or 0, output)
+
+
+def _verdict(status: int, output: bytes) -> Verdict:
+    if status < 0:
+        raise Invalid(f"the model crashed the runtime while it loaded: {signal.Signals(-status).name}")
+    try:
+        found = json.loads(output)
+        if "refused" in found:
+            raise Invalid(found["refused"])
+        return Verdict(**found)
+    except (ValueError, TypeError) as error:
+        raise Invalid(f"the model ended the runtime while it loaded: exit status {status}") from error
+
+
+def _main(path: Path, intra_op_threads: int) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Should the machine run out of memory, this process is the one to go.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    try:
+        outcome = dataclasses.asdict(examine(Engine(path, intra_op_threads)))
+    except Invalid as error:
+        outcome = {"refused": error.message}
+    sys.stdout.write(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]), int(sys.argv[2]))
