@@ -4,7 +4,7 @@ A test that breaks a server starts one of its own: `async with serving(Kafka(tmp
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -43,6 +43,13 @@ async def serving(recipe: Recipe) -> AsyncIterator[Process]:
         yield process
     finally:
         await asyncio.to_thread(process.stop)
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    """The condition holds. For what tells nobody that it changed; where an event can be awaited, await that."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 # --- PostgreSQL -----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from lepton_common.kafka import KafkaBus
 from lepton_common.kafka_client import Bootstrap, Producer, Record, ensure_topics
 from lepton_common.settings import Settings
 from lepton_common.telemetry import Telemetry, configure
-from lepton_common.testing import serving
+from lepton_common.testing import serving, until
 from prometheus_client import CollectorRegistry
 
 DEAD = "lepton.models.dlq"
@@ -343,13 +343,6 @@ async def limit_messages(broker: str, limit_bytes: int) -> None:
     configs = {"max.message.bytes": str(limit_bytes)}
     await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, DEAD, configs=configs)])
     await admin.close()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """The condition holds."""
-    async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110 - a metric tells nobody that it changed
-            await asyncio.sleep(0.02)
 
 
 async def test_kafka_may_come_late_and_go_and_come_again(tmp_path: Path, kafka_runtime: KafkaRuntime) -> None:
