@@ -20,6 +20,7 @@ from lepton_rollout.domain import (
     cooled,
     judge_loading,
     returned,
+    unrouted,
     warmed,
     withdrawn,
 )
@@ -121,14 +122,15 @@ class Commands:
         Raises NotFound, and Conflict when the version takes traffic or a rollout of the model is open.
         """
         if version is not None:
-            return await self._shift(model, lambda serving: cooled(serving, version))
+            return await self._settle(model, lambda serving: cooled(serving, version))
         async with self._db.transaction() as tx:
             open_one = await store.find_open_rollout(tx, model)
         if open_one is not None:
             raise Conflict(f"rollout {open_one.id} of model {model.model!r} is still {open_one.state}")
         if (await self._table.get(model)).generation == 0:
             raise NotFound(f"model {model.model!r} is not served")
-        return await self._shift(model, withdrawn)
+        await self._settle(model, unrouted)
+        return await self._settle(model, withdrawn)
 
     async def _warm(self, model: ModelRef, assigned: Assigned) -> Serving:
         await self._record(model, lambda serving: warmed(serving, assigned))
@@ -138,9 +140,9 @@ class Commands:
             late = self._now() > load_by
             verdict, reason = judge_loading(model, assigned, self._workers.states(), late=late)
             if verdict is Loading.READY:
-                return await self._shift(model, lambda serving: warmed(serving, assigned))
+                return await self._settle(model, lambda serving: warmed(serving, assigned))
             if verdict is Loading.FAILED:
-                await self._shift(model, lambda serving: abandoned(serving, assigned.version))
+                await self._settle(model, lambda serving: abandoned(serving, assigned.version))
                 raise Conflict(f"version {assigned.version} of model {model.model!r} was not loaded: {reason}")
             await self._workers.changed.wait(seen, _LOOK_AGAIN_S)
 
@@ -172,8 +174,8 @@ class Commands:
         return await self._table.record(model, change)
 
     @_AGAIN
-    async def _shift(self, model: ModelRef, change: Change) -> Serving:
-        return await self._table.shift(model, change)
+    async def _settle(self, model: ModelRef, change: Change) -> Serving:
+        return await self._table.settle(model, change)
 
     def _rollout(self, model: ModelRef, assigned: Assigned, actor: str) -> Rollout:
         return new_rollout(uuid4(), model, assigned, actor, self._now(), self._load_timeout_s)

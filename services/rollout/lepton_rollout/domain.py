@@ -103,6 +103,11 @@ def cooled(serving: Serving, version: int) -> Serving:
     return _next(serving, versions=_without(serving, version))
 
 
+def unrouted(serving: Serving) -> Serving:
+    """The model takes no traffic. Its versions stay on the workers while the mesh may still lead there."""
+    return _next(serving, split=())
+
+
 def withdrawn(serving: Serving) -> Serving:
     """No worker holds any version. `stable` and `previous` are remembered, so that a load restores the model."""
     return _next(serving, split=(), versions=())

@@ -14,7 +14,7 @@ import re
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 from lepton_common.errors import Invalid, Unavailable
@@ -26,6 +26,8 @@ from lepton_rollout.mesh import VirtualService
 _CDS = "cluster_manager.cds"
 _RDS = f"http.mesh.rds.{xds.ROUTES}"
 _POLL_S = 0.003
+# Envoy checks a worker as soon as it hears of it. Whoever else wants to move traffic waits meanwhile.
+_FIRST_CHECK_S = 1.0
 
 
 class EnvoyMesh:
@@ -39,10 +41,6 @@ class EnvoyMesh:
         self._admin = httpx.AsyncClient(base_url=f"http://{admin}", timeout=1.0)
         self._ack_timeout_s = ack_timeout_s
         self._one_at_a_time = asyncio.Lock()
-        (folder / "eds").mkdir(parents=True, exist_ok=True)
-        for name, resources in (("cds.json", []), ("rds.json", [xds.route_configuration([])])):
-            if not (folder / name).exists():
-                _replace(folder / name, _document(resources)[0])
 
     async def close(self) -> None:
         await self._admin.aclose()
@@ -50,11 +48,10 @@ class EnvoyMesh:
     async def apply(self, *services: VirtualService) -> None:
         async with self._exclusive():
             hosts = self._hosts()
-            news = [service for service in services if xds.is_news(service, hosts.get(service.name))]
-            await self._ensure_clusters({pool for service in news for pool in service.pools})
-            joining = {each.name: each.live_pools - xds.live_pools_of(hosts.get(each.name)) for each in news}
+            await self._ensure_clusters({pool for service in services for pool in service.pools})
+            joining = {each.name: each.live_pools - xds.live_pools_of(hosts.get(each.name)) for each in services}
             healthy = await self._healthy_pools({pool for pools in joining.values() for pool in pools})
-            hosts |= {each.name: xds.virtual_host(each) for each in news if joining[each.name] <= healthy}
+            hosts |= {each.name: xds.virtual_host(each) for each in services if joining[each.name] <= healthy}
             await self._publish("rds.json", _RDS, [xds.route_configuration(hosts.values())])
         if held := sorted(name for name, pools in joining.items() if not pools <= healthy):
             raise Unavailable(
@@ -102,9 +99,9 @@ class EnvoyMesh:
         return self._folder / "eds" / f"{pool}.json"
 
     async def _healthy_pools(self, pools: set[str]) -> set[str]:
-        """Those of the pools in which Envoy's own health checks find a worker, waiting for all until the ack is due."""
+        """Those of the pools in which Envoy's own health checks find a worker. A new pool gets a moment for it."""
         waiting = set(pools)
-        deadline = asyncio.get_running_loop().time() + self._ack_timeout_s
+        deadline = asyncio.get_running_loop().time() + _FIRST_CHECK_S
         while waiting:
             for pool in tuple(waiting):
                 stats = await self._stats(f"cluster.{xds.cluster_name(pool)}.membership_healthy")
@@ -132,15 +129,15 @@ class EnvoyMesh:
 
     @asynccontextmanager
     async def _exclusive(self) -> AsyncIterator[None]:
-        """One writer at a time, here and among the processes that share the folder."""
+        """One writer at a time, here and among the processes that share the folder. Its files are there."""
         async with self._one_at_a_time:
+            (self._folder / "eds").mkdir(parents=True, exist_ok=True)
             with (self._folder / "lock").open("w") as lock:
-                while True:
-                    try:
-                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        break
-                    except BlockingIOError:
-                        await asyncio.sleep(_POLL_S)
+                while not _locked(lock):  # noqa: ASYNC110 - a lock of the kernel's tells no event loop
+                    await asyncio.sleep(_POLL_S)
+                for name, resources in (("cds.json", []), ("rds.json", [xds.route_configuration([])])):
+                    if not (self._folder / name).exists():
+                        _replace(self._folder / name, _document(resources)[0])
                 yield
 
     # --- write and acknowledge ------------------------------------------------------------------------------------
@@ -179,6 +176,15 @@ class EnvoyMesh:
             return {}
         lines = (line.partition(": ") for line in answer.text.splitlines())
         return {name: value.strip('"') for name, _, value in lines}
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether the file is now this process's alone; the kernel gives it back when the process dies."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _refusals(stat: str, stats: dict[str, str]) -> int:

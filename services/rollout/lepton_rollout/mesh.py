@@ -48,14 +48,10 @@ class HTTPRoute:
 
 @dataclass(frozen=True, slots=True)
 class VirtualService:
-    """How one model's requests find their version. The first matching route wins; the last one matches everything.
-
-    `generation` is the serving record's: a mesh never goes back to an older one.
-    """
+    """How one model's requests find their version. The first matching route wins; the last one matches everything."""
 
     name: str
     host: str
-    generation: int
     timeout_ms: int
     http: tuple[HTTPRoute, ...]
 
@@ -74,7 +70,7 @@ class Mesh(Protocol):
     """What moves live traffic. Both calls say what shall be true; repeating them changes nothing."""
 
     async def apply(self, *services: VirtualService) -> None:
-        """The mesh has acknowledged these models' routes, or newer ones of theirs.
+        """The mesh has acknowledged these models' routes; those of other models are as they were.
 
         Raises Invalid when it refuses them, and Unavailable when it did not acknowledge in time or a pool that newly
         takes traffic has no healthy worker. Either way what was routed before goes on.
@@ -111,7 +107,6 @@ def virtual_service(serving: Serving) -> VirtualService:
     return VirtualService(
         name=str(serving.ref),
         host=serving.ref.host,
-        generation=serving.generation,
         timeout_ms=serving.limits.timeout_ms,
         http=tuple(routes),
     )

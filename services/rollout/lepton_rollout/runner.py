@@ -110,7 +110,7 @@ class Runner:
         return finished(rollout, serving, self._now())
 
     async def _give_up(self, rollout: Rollout) -> Rollout:
-        serving = await self._table.shift(rollout.model, lambda serving: abandoned(serving, rollout.version))
+        serving = await self._table.settle(rollout.model, lambda serving: abandoned(serving, rollout.version))
         return finished(rollout, serving, self._now())
 
     async def _release(self, rollout: Rollout) -> None:

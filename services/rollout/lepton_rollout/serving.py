@@ -1,5 +1,6 @@
 """The serving records in etcd and the mesh's routes, kept together: etcd is the truth, the mesh follows."""
 
+import asyncio
 from collections.abc import Callable
 
 import structlog
@@ -21,11 +22,15 @@ class Raced(Unavailable):
 
 
 class ServingTable:
-    """Every model's record. Only rollout writes here, each write only over the record it was computed from."""
+    """Every model's record. Only rollout writes here, each write only over the record it was computed from.
+
+    A replica moves traffic for one model at a time, so that no older record can reach the mesh after a newer one.
+    """
 
     def __init__(self, etcd: EtcdClient, mesh: Mesh) -> None:
         self._etcd = etcd
         self._mesh = mesh
+        self._one_at_a_time = asyncio.Lock()
 
     async def get(self, model: ModelRef) -> Serving:
         """The model's record as it is now; one of generation 0 when nothing of it was ever served."""
@@ -38,24 +43,37 @@ class ServingTable:
         return [Serving.model_validate_json(each.value) for each in found]
 
     async def record(self, model: ModelRef, change: Change) -> Serving:
-        """The record is changed: workers load and unload by it. No traffic moves. Raises Raced."""
+        """The record is changed: workers load and unload by it. The mesh is as it was. Raises Raced."""
         before, revision = await self._read(model)
         return await self._write(before, change(before), revision)
 
     async def shift(self, model: ModelRef, change: Change) -> Serving:
-        """The mesh has acknowledged the changed record's routes, and the record is changed.
+        """The mesh has acknowledged the changed record's routes, and then the record is changed.
 
-        The mesh goes first, so that it never leads to a version that workers may already let go, and the record only
-        says what is true. Raises as Mesh.apply, and Raced; the same call again goes on from there.
+        For a change that moves traffic to another version: no worker lets the old one go before the mesh has left it.
+        Raises as Mesh.apply, and Raced; the same call again goes on from there. Until then, `reapply` goes back.
         """
-        before, revision = await self._read(model)
-        after = change(before)
-        await self._mesh.apply(virtual_service(after))
-        return await self._write(before, after, revision)
+        async with self._one_at_a_time:
+            before, revision = await self._read(model)
+            after = change(before)
+            await self._mesh.apply(virtual_service(after))
+            return await self._write(before, after, revision)
+
+    async def settle(self, model: ModelRef, change: Change) -> Serving:
+        """The record is changed, and then the mesh has acknowledged its routes.
+
+        For a change that only takes traffic, or a warm version, away or leaves both alone. Raises Raced with nothing
+        done, and as Mesh.apply: then `reapply` catches up.
+        """
+        async with self._one_at_a_time:
+            after = await self.record(model, change)
+            await self._mesh.apply(virtual_service(after))
+            return after
 
     async def reapply(self) -> None:
         """The mesh's routes are what the records say. Raises as Mesh.apply."""
-        await self._mesh.apply(*(virtual_service(serving) for serving in await self.list()))
+        async with self._one_at_a_time:
+            await self._mesh.apply(*(virtual_service(serving) for serving in await self.list()))
 
     async def _read(self, model: ModelRef) -> tuple[Serving, int]:
         nothing = unserved(model)

@@ -148,22 +148,13 @@ def model_hosts(routes: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def virtual_host(service: VirtualService) -> dict[str, Any]:
-    """The model's routes. Its generation is kept in the metadata, so that the file itself tells old from new."""
+    """The model's routes, by either form of its host name."""
     return {
         "name": service.name,
         "domains": [service.host, f"{service.host}:*"],
-        "metadata": {"filter_metadata": {"lepton": {"generation": service.generation}}},
         "request_body_buffer_limit": _BUFFER_BYTES,
         "routes": [_route(route, service.timeout_ms) for route in service.http],
     }
-
-
-def is_news(service: VirtualService, host: dict[str, Any] | None) -> bool:
-    """Whether the service says something that the published host does not, and is not older than it."""
-    if host is None:
-        return True
-    published: int = host["metadata"]["filter_metadata"]["lepton"]["generation"]
-    return service.generation >= published and virtual_host(service) != host
 
 
 def pools_of(hosts: Iterable[dict[str, Any]]) -> set[str]:

@@ -238,7 +238,7 @@ async def test_refused_routes_raise_and_leave_the_others_as_they_were(
     await mesh.apply(virtual_service(serving(model, 1, {1: 100})))
     before = (envoy_recipe.mesh_dir / "rds.json").read_text()
     answer = HTTPRoute("answer", direct_response=HTTPDirectResponse(503, "no"))
-    twice = VirtualService("default/twice", model.host, generation=1, timeout_ms=1000, http=(answer,))
+    twice = VirtualService("default/twice", model.host, timeout_ms=1000, http=(answer,))
 
     for _ in range(2):
         with pytest.raises(Invalid, match=r"refused rds\.json"):
@@ -249,13 +249,17 @@ async def test_refused_routes_raise_and_leave_the_others_as_they_were(
     assert (await infer(client, model)).json()["version"] == "2"
 
 
-async def test_an_older_record_never_replaces_a_newer_one(
-    mesh: EnvoyMesh, client: httpx.AsyncClient, model: ModelRef, start_worker: StartWorker
+async def test_files_that_were_deleted_are_made_again(
+    mesh: EnvoyMesh, envoy_recipe: Envoy, client: httpx.AsyncClient, model: ModelRef, start_worker: StartWorker
 ) -> None:
     worker = await start_worker("a")
     await mesh.place([worker.state()])
-    await mesh.apply(virtual_service(serving(model, 5, {2: 100}, 1)))
-    await mesh.apply(virtual_service(serving(model, 4, {1: 100}, 2)))
+    await mesh.apply(virtual_service(serving(model, 1, {1: 100})))
+    for name in ("eds/cpu.json", "cds.json", "rds.json"):
+        (envoy_recipe.mesh_dir / name).unlink()
+
+    await mesh.place([worker.state()])
+    await mesh.apply(virtual_service(serving(model, 2, {2: 100})))
 
     assert (await infer(client, model)).json()["version"] == "2"
 

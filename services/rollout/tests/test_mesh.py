@@ -10,7 +10,7 @@ MODEL = ModelRef("acme", "digits")
 def test_a_forced_version_comes_before_the_split_and_an_unknown_one_between() -> None:
     service = virtual_service(serving(MODEL, 4, {2: 90, 3: 10}, 1))
 
-    assert (service.name, service.host, service.generation) == ("acme/digits", "digits.acme.models.lepton", 4)
+    assert (service.name, service.host) == ("acme/digits", "digits.acme.models.lepton")
     assert [route.name for route in service.http] == ["version-1", "version-2", "version-3", "unknown-version", "split"]
     assert [route.match for route in service.http] == [
         HeaderMatch("x-lepton-version", exact="1"),

@@ -1,3 +1,4 @@
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
@@ -11,7 +12,7 @@ from lepton_common.types import ModelRef
 from lepton_rollout import store
 from lepton_rollout.commands import new_rollout, start_rollout
 from lepton_rollout.domain import Rollout, State, failing, promoted, shifting, warmed
-from lepton_rollout.mesh import VirtualService
+from lepton_rollout.mesh import VirtualService, virtual_service
 from lepton_rollout.runner import LEASE_S, Runner
 from lepton_rollout.serving import Raced, ServingTable
 from lepton_rollout.workers import Workers
@@ -146,7 +147,7 @@ async def test_a_record_changed_in_the_middle_of_a_shift_is_never_written_over(
     assert (await found(db, model, rollout)).state is State.PROMOTED
     served = await table.get(model)
     assert {each.version for each in served.versions} == {1, 2}
-    assert mesh.applied[-1].generation == served.generation
+    assert mesh.applied[-1] == virtual_service(served)
 
 
 async def test_the_table_says_raced_when_two_changes_meet(
@@ -160,6 +161,24 @@ async def test_the_table_says_raced_when_two_changes_meet(
     mesh.meanwhile = another
     with pytest.raises(Raced):
         await table.shift(model, lambda serving: promoted(serving, 1))
+
+
+async def test_an_older_record_never_reaches_the_mesh_after_a_newer_one(
+    table: ServingTable, mesh: ScriptedMesh, model: ModelRef
+) -> None:
+    await table.record(model, lambda serving: warmed(serving, assigned(1)))
+    reapplying: list[asyncio.Task[None]] = []
+
+    async def reapply() -> None:
+        if not reapplying:
+            reapplying.append(asyncio.create_task(table.reapply()))
+            await asyncio.sleep(0.05)  # long enough for it to read the record that is about to change
+
+    mesh.meanwhile = reapply
+    served = await table.shift(model, lambda serving: promoted(serving, 1))
+    await reapplying[0]
+
+    assert mesh.applied[-1] == virtual_service(served)
 
 
 async def test_a_shift_that_died_between_mesh_and_record_goes_on_to_its_end(
