@@ -190,6 +190,7 @@ class Assignments:
             else:
                 self._lanes[resident.ref] = resident.lane
                 self._enter(resident, LoadState.READY, "")
+                self._due.set()  # It gets the records' limits there.
                 return
             await asyncio.sleep(pause_s)
 
@@ -204,9 +205,7 @@ class Assignments:
                 return engine
 
             engine = await asyncio.to_thread(load)
-        lane = Lane(resident.ref, engine, verdict, assigned.batching, resources.instances)
-        self._due.set()  # The records' limits are given to it there.
-        return lane
+        return Lane(resident.ref, engine, verdict, assigned.batching, resources.instances)
 
     async def _unload(self, resident: Resident) -> None:
         await asyncio.sleep(self._resources.linger_s)

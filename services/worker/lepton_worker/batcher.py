@@ -114,6 +114,8 @@ class Batcher:
         if self._free_slots:
             # Not at once, but after the callbacks that are due already: they may bring rows for the same batch.
             self._schedule()
+        else:
+            self._watch()
         return work
 
     def cancel(self, work: Work) -> None:
@@ -185,8 +187,8 @@ class Batcher:
             self._batches.put(batch)
         if not self._waiting and not self._retries and self._free_slots == self._slots:
             self._idle.set()
-        elif self._waiting and self._sweeper is None:
-            self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
+        elif self._waiting:
+            self._watch()
         for work in expired:
             self._expire(work)
 
@@ -196,6 +198,10 @@ class Batcher:
             if work.done is not None:
                 return Batch(ALONE, (work,))
         return self._waiting.take(self._max_rows, time.monotonic(), expired)
+
+    def _watch(self) -> None:
+        if self._sweeper is None:
+            self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
 
     def _sweep(self) -> None:
         """Queued works whose time is up hear so while all slots are busy."""

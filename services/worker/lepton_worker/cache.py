@@ -33,9 +33,8 @@ class Cache:
         self._held: Counter[str] = Counter()
         self._arriving_bytes = 0
         folder.mkdir(parents=True, exist_ok=True)
-        for each in folder.iterdir():
-            if not each.with_suffix(_SUFFIX).exists():  # Left by a process that was killed.
-                each.unlink()
+        for half_fetched in folder.glob(f".*{_SUFFIX}.*"):  # by a process that was killed
+            half_fetched.unlink()
 
     @asynccontextmanager
     async def held(self, sha256: str, size_bytes: int) -> AsyncIterator[Path]:

@@ -37,8 +37,8 @@ _DATATYPES = {
 }
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 _CUDA = ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"})
-# Where in its own sources the runtime stopped: "/onnxruntime_src/…/reshape_helper.h:84 onnxruntime::Reshape…(…) ".
-_SOURCE = re.compile(r"/\S+:\d+ [^()]*\([^()]*\) ?|/\S+/\S+")
+# Where in its sources the runtime stopped: "/src/…/helper.h:84 onnxruntime::Reshape…(…) ", "ops.cc:703 Compute ".
+_SOURCE = re.compile(r"\S+\.(?:cc|cpp|cu|h):\d+ [^()\s]*(?:\([^()]*\))? ?|/\S+/\S+")
 
 
 def device() -> str:

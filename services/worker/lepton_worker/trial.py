@@ -36,12 +36,10 @@ class Trial:
     async def verdict(self, path: Path) -> Verdict:
         """What is known of the artifact in `path`. Raises Invalid saying how it was refused, crashed or hung."""
         note = path.with_suffix(".verdict")
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            known = json.loads(note.read_text())
-            if known.pop("runtime") == RUNTIME:
-                return Verdict(**known)
-        verdict = await self._try(path)
-        note.write_text(json.dumps({"runtime": RUNTIME, **dataclasses.asdict(verdict)}))
+        verdict = _remembered(note)
+        if verdict is None:
+            verdict = await self._try(path)
+            note.write_text(json.dumps({"runtime": RUNTIME, **dataclasses.asdict(verdict)}))
         return verdict
 
     async def _try(self, path: Path) -> Verdict:
@@ -66,16 +64,34 @@ class Trial:
         return _verdict(child.returncode or 0, output)
 
 
+def _remembered(note: Path) -> Verdict | None:
+    """The verdict noted there, if by this runtime: another one may see the artifact differently."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(note.read_text())
+        if type(found) is dict and found.get("runtime") == RUNTIME:
+            return _parsed(found)
+    return None
+
+
 def _verdict(status: int, output: bytes) -> Verdict:
     if status < 0:
         raise Invalid(f"the model crashed the runtime while it loaded: {signal.Signals(-status).name}")
-    try:
+    with contextlib.suppress(ValueError):
         found = json.loads(output)
-        if "refused" in found:
-            raise Invalid(found["refused"])
-        return Verdict(**found)
-    except (ValueError, TypeError) as error:
-        raise Invalid(f"the model ended the runtime while it loaded: exit status {status}") from error
+        match found:
+            case {"refused": str(reason)}:
+                raise Invalid(reason)
+        verdict = _parsed(found)
+        if verdict is not None:
+            return verdict
+    raise Invalid(f"the model ended the runtime while it loaded: exit status {status}")
+
+
+def _parsed(found: object) -> Verdict | None:
+    match found:
+        case {"batchable": bool(batchable), "reason": str(reason), "free_size": int() | None as free_size}:
+            return Verdict(batchable, reason, free_size)
+    return None
 
 
 def _main(path: Path, intra_op_threads: int) -> None:
