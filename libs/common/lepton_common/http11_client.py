@@ -273,7 +273,8 @@ class Upstream:
         self._now = 0.0  # loop time of the last sweep
 
     def send(self, call: Call) -> None:
-        """Send it on an idle connection, or a new one, or as soon as one is free."""
+        """Send it on an idle connection, or a new one, or as soon as one is free. A call that failed may come again."""
+        call._done = call._repeated = False
         if self._idle:
             self._idle.pop().start(call)
         elif len(self._waiting) < self.limits.max_waiting:

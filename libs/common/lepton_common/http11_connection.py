@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from lepton_common.http11 import Server
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_STATUS_LINES = {int(status): f"HTTP/1.1 {int(status)} {status.phrase}\r\n".encode() for status in HTTPStatus}
+_STATUS_LINES = {status: b"HTTP/1.1 %d \r\n" % status for status in range(200, 600)}
+_STATUS_LINES.update({int(each): f"HTTP/1.1 {int(each)} {each.phrase}\r\n".encode() for each in HTTPStatus})
 _LINGER_S = 2.0  # how long a peer that is still sending may take to read the last answer
 _JOIN_BYTES = 16 << 10  # below, copying is cheaper than another buffer in writev
 

@@ -1,0 +1,218 @@
+"""The gateway's HTTP: Open Inference Protocol v2 for every model of the caller's tenant, health and metrics."""
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+from typing import Any
+
+import orjson
+import structlog
+from lepton_common import oip
+from lepton_common.auth import Caller
+from lepton_common.errors import Invalid, LeptonError, Limited, NotFound, Unavailable, Unsupported, status_of
+from lepton_common.health import Readiness
+from lepton_common.http11 import JSON, Request, error_body
+from lepton_common.records import Scope
+from lepton_common.telemetry import METRICS_CONTENT_TYPE
+
+from lepton_gateway.callers import Callers
+from lepton_gateway.domain import METHODS, NotAllowed, Page, Target, target_of, unready_reason
+from lepton_gateway.proxy import Exchange, Proxy
+from lepton_gateway.routes import Route, Routes
+
+# What a caller says that the worker needs to know. Everything else ends here, x-lepton-version above all.
+_FORWARDED = (
+    b"content-type",
+    b"content-encoding",
+    b"accept-encoding",
+    b"inference-header-content-length",
+    b"x-request-timeout-ms",
+    b"x-request-id",
+    b"traceparent",
+    b"tracestate",
+)
+_METRICS = b"content-type: %b\r\n" % METRICS_CONTENT_TYPE.encode()
+_VERSION = version("lepton-gateway")
+_MAX_TARGETS = 4096
+# What is answered before etcd's tables are read, and how long everything else waits for them.
+_AT_ONCE = frozenset({Page.SERVER, Page.LIVE, Page.READY, Page.PROCESS_LIVE, Page.PROCESS_READY, Page.METRICS})
+_START_PATIENCE_S, _START_GRAIN_S = 5.0, 0.05
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+Handler = Callable[[Request, Target], None]
+
+
+class Api:
+    """Answers requests. `handle` is the server's handler."""
+
+    def __init__(
+        self,
+        routes: Routes,
+        callers: Callers,
+        proxy: Proxy,
+        readiness: Readiness,
+        render_metrics: Callable[[], bytes],
+    ) -> None:
+        self._routes = routes
+        self._callers = callers
+        self._proxy = proxy
+        self._readiness = readiness
+        self._render_metrics = render_metrics
+        self._targets: dict[bytes, Target] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pages: dict[Page, Handler] = {
+            Page.INFER: self._infer,
+            Page.SERVER: self._server,
+            Page.LIVE: lambda request, target: answer(request, {"live": True}),
+            Page.READY: self._ready,
+            Page.MODEL: lambda request, target: self._ask(request, target, "GET"),
+            Page.CONFIG: lambda request, target: self._ask(request, target, "GET /config"),
+            Page.MODEL_READY: self._model_ready,
+            Page.SHARED_MEMORY: self._shared_memory,
+            Page.PROCESS_LIVE: lambda request, target: answer(request, {"status": "live"}),
+            Page.PROCESS_READY: self._process_ready,
+            Page.METRICS: lambda request, target: request.respond(200, _METRICS, self._render_metrics()),
+        }
+
+    def handle(self, request: Request) -> None:
+        """The request is answered, now or when the mesh has. Nothing the caller sent raises."""
+        try:
+            target = self._targets.get(request.target) or self._understand(request.target)
+            if request.method not in METHODS[target.page]:
+                raise NotAllowed(METHODS[target.page])
+            if self._readiness.started or target.page in _AT_ONCE:
+                self._pages[target.page](request, target)
+            else:
+                self._when_started(request)
+        except LeptonError as error:
+            refuse(request, error)
+
+    def _when_started(self, request: Request, patience_s: float = _START_PATIENCE_S) -> None:
+        """Callers of a gateway that was just restarted wait for its tables rather than fail."""
+        if self._readiness.started:
+            self.handle(request)
+        elif patience_s <= 0:
+            refuse(request, Unavailable("the gateway is starting", retry_after_s=1))
+        else:
+            loop = asyncio.get_running_loop()
+            loop.call_later(_START_GRAIN_S, self._when_started, request, patience_s - _START_GRAIN_S)
+
+    def _understand(self, raw: bytes) -> Target:
+        target = target_of(raw)
+        if len(self._targets) >= _MAX_TARGETS:
+            self._targets.clear()
+        self._targets[raw] = target
+        return target
+
+    # --- through the mesh ---
+
+    def _infer(self, request: Request, target: Target) -> None:
+        began = time.monotonic()
+        route = self._route(self._callers.check(request, Scope.INFER), target)
+        if route.in_flight >= route.max_concurrency:
+            route.count(b"", 429, 0.0)
+            raise Limited(
+                f"model {target.model!r} has {route.max_concurrency} requests under way, its limit", retry_after_s=1
+            )
+        self._pass_on(request, route, route.head("POST /infer", target.version), request.body, began)
+
+    def _ask(self, request: Request, target: Target, line: str) -> None:
+        """Something that a worker knows of the model."""
+        route = self._route(self._callers.check_reader(request), target)
+        self._pass_on(request, route, route.head(line, target.version), b"", time.monotonic())
+
+    def _pass_on(self, request: Request, route: Route, head: bytes, body: bytes, began: float) -> None:
+        headers = request.headers
+        timeout_s = route.timeout_s
+        if b"x-request-timeout-ms" in headers:
+            timeout_s = min(timeout_s, _asked_timeout_s(headers[b"x-request-timeout-ms"]))
+        head += b"".join([b"%b: %b\r\n" % (name, headers[name]) for name in _FORWARDED if name in headers])
+        self._proxy.send(Exchange(self._proxy, request, route, head, body, began, timeout_s))
+
+    def _route(self, caller: Caller, target: Target) -> Route:
+        route = self._routes.get(caller.tenant, target.model)
+        if target.version is None:
+            if not route.serving.split:
+                raise Unavailable(f"model {target.model!r} takes no traffic: it is not loaded", retry_after_s=1)
+        elif not route.has(target.version):
+            raise NotFound(f"model {target.model!r} has no version {target.version} that is loaded")
+        return route
+
+    # --- from memory ---
+
+    def _server(self, request: Request, target: Target) -> None:
+        answer(request, {"name": "lepton", "version": _VERSION, "extensions": oip.EXTENSIONS})
+
+    def _ready(self, request: Request, target: Target) -> None:
+        reasons = self._readiness.reasons()
+        if reasons:
+            answer(request, {"ready": False, "error": "; ".join(reasons.values())}, 503, b"retry-after: 1\r\n")
+        else:
+            answer(request, {"ready": True})
+
+    def _process_ready(self, request: Request, target: Target) -> None:
+        status, body = self._readiness.answer()
+        request.respond(status, JSON, body)
+
+    def _model_ready(self, request: Request, target: Target) -> None:
+        caller = self._callers.check_reader(request)
+        serving = self._routes.get(caller.tenant, target.model).serving
+        if target.version is not None and serving.assigned(target.version) is None:
+            raise NotFound(f"model {target.model!r} has no version {target.version} that is loaded")
+        reason = unready_reason(serving, target.version, self._routes.workers())
+        if reason is None:
+            answer(request, {"name": target.model, "ready": True})
+        else:
+            answer(request, {"name": target.model, "ready": False, "error": reason}, 503, b"retry-after: 1\r\n")
+
+    def _shared_memory(self, request: Request, target: Target) -> None:
+        raise Unsupported("shared memory is not supported: send tensors as binary data")
+
+    # --- pages that wait for others ---
+
+    def _later(self, request: Request, work: Awaitable[Any]) -> None:
+        """Answer with what `work` returns as JSON; None is an empty answer."""
+        task = asyncio.ensure_future(self._answer_later(request, work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer_later(self, request: Request, work: Awaitable[Any]) -> None:
+        try:
+            document = await work
+        except LeptonError as error:
+            refuse(request, error)
+        except Exception:
+            _log.exception("a request failed", path=request.path)
+            refuse(request, LeptonError("internal error"))
+        else:
+            if document is None:
+                request.respond(200, JSON)
+            else:
+                answer(request, document)
+
+
+def answer(request: Request, document: Any, status: int = 200, headers: bytes = b"") -> None:
+    request.respond(status, JSON + headers, orjson.dumps(document))
+
+
+def refuse(request: Request, error: LeptonError) -> None:
+    """The error as every OIP client reads it."""
+    status = status_of(error)
+    headers = JSON
+    if isinstance(error, NotAllowed):
+        status = 405
+        headers += b"allow: %b\r\n" % ", ".join(error.allowed).encode()
+    elif status == 401:
+        headers += b"www-authenticate: Bearer\r\n"
+    elif status in (429, 503, 504):
+        headers += b"retry-after: %d\r\n" % math.ceil(error.retry_after_s or 1)
+    request.respond(status, headers, error_body(error.message))
+
+
+def _asked_timeout_s(value: bytes) -> float:
+    if not value.isdigit() or len(value) > 12:
+        raise Invalid("header x-request-timeout-ms must be a non-negative integer")
+    return int(value) / 1e3

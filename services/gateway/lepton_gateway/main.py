@@ -1,0 +1,62 @@
+"""gateway is the front door of inference: it knows keys, models and limits, and passes requests to the mesh.
+
+hears: etcd /lepton/keys (registry), /lepton/serving (rollout), /lepton/workers (worker)
+says:  nothing yet
+owns:  nothing: a restart loses nothing
+"""
+
+import time
+
+from lepton_common.auth import Keys
+from lepton_common.etcd import EtcdClient
+from lepton_common.http11 import Server, ServerLimits
+from lepton_common.http11_client import Upstream
+from lepton_common.mirror import Mirror
+from lepton_common.records import SERVING, WORKERS, Serving, WorkerState
+from lepton_common.service import Service, run
+from lepton_common.telemetry import Telemetry, configure
+
+from lepton_gateway.api import Api
+from lepton_gateway.callers import Callers
+from lepton_gateway.metrics import Metrics
+from lepton_gateway.proxy import Proxy
+from lepton_gateway.routes import Routes
+from lepton_gateway.settings import Settings
+
+
+def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient) -> Service:
+    """The whole service."""
+    service = Service("gateway", settings, telemetry)
+    keys = Keys(etcd)
+    workers = Mirror(etcd, WORKERS, WorkerState.model_validate_json)
+    routes = Routes(workers.items)
+    serving = Mirror(etcd, SERVING, Serving.model_validate_json, routes.changed)
+    host, _, port = settings.mesh.rpartition(":")
+    upstream = Upstream(host, int(port))
+    callers = Callers(keys, keyless_loopback=settings.keyless_loopback)
+    api = Api(routes, callers, Proxy(upstream), service.readiness, telemetry.render_metrics)
+    server = Server(api.handle, ServerLimits(max_body_bytes=settings.max_body_bytes))
+    mirrors = (keys.mirror, serving, workers)
+
+    def etcd_stale_s() -> float:
+        return max(mirror.stale_s(time.monotonic()) for mirror in mirrors)
+
+    telemetry.registry.register(Metrics(routes, server, etcd_stale_s))
+    service.on_close(etcd.close)
+    service.on_close(upstream.close)
+    for mirror in mirrors:
+        service.background(mirror.run)
+        service.prepare(mirror.synced)
+    service.serve(server)
+    return service
+
+
+def main() -> None:
+    """The process: runs until SIGTERM."""
+    settings = Settings.read()
+    telemetry = configure("gateway", settings)
+    run(build(settings, telemetry, EtcdClient(settings.etcd)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""A model's requests through the mesh: one call each, repeated while the mesh restarts, its answer passed back."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from lepton_common.http11 import JSON, Request, error_body
+from lepton_common.http11_client import Call, Failure, Upstream, UpstreamError
+
+from lepton_gateway.routes import Route
+
+# How long a request waits for a mesh that is being restarted, and how often it may meet one that breaks off.
+_PATIENCE_S = 10.0
+_MAX_LOST = 3
+_FIRST_BACKOFF_S = 0.02
+_LAST_BACKOFF_S = 0.5
+_CLIENT_GONE = 499
+
+_PASSED_BACK = (
+    b"content-type",
+    b"x-lepton-version",
+    b"inference-header-content-length",
+    b"content-encoding",
+    b"retry-after",
+    b"x-lepton-reason",
+)
+_RETRY_AFTER = b"retry-after: 1\r\n"
+_RETRYABLE = frozenset({429, 503, 504})
+
+# Called with every finished exchange and the status it ended with.
+Observer = Callable[["Exchange", int], None]
+
+
+class Proxy:
+    """Sends requests to the mesh. `observer`, when set, sees each exchange end."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.upstream = upstream
+        self.observer: Observer | None = None
+
+    def send(self, exchange: "Exchange") -> None:
+        """The exchange's request is answered when the mesh has, or within its deadline."""
+        exchange.route.in_flight += 1
+        exchange.request.on_disconnect = exchange.cancel
+        self.upstream.send(exchange)
+
+
+class Exchange(Call):
+    """A request, its way through the mesh, and its answer."""
+
+    __slots__ = ("_lost", "_over", "_proxy", "_tries", "began", "request", "route", "span", "version")
+
+    def __init__(
+        self, proxy: Proxy, request: Request, route: Route, head: bytes, body: bytes, began: float, timeout_s: float
+    ) -> None:
+        """`began` is the monotonic time of the request's arrival; `head` is as `Call` wants it."""
+        super().__init__(head, body, began + timeout_s)
+        self._proxy = proxy
+        self._tries = 0
+        self._lost = 0
+        self._over = False
+        self.request = request
+        self.route = route
+        self.began = began
+        self.version = b""
+        self.span: Any = None
+
+    def answered(self, status: int, headers: dict[bytes, bytes], body: bytes) -> None:
+        self.version = headers.get(b"x-lepton-version", b"")
+        block = b"".join([b"%b: %b\r\n" % (name, headers[name]) for name in _PASSED_BACK if name in headers])
+        if status != HTTPStatus.OK:
+            if not _is_oip_error(body):
+                block = JSON + b"".join(
+                    b"%b: %b\r\n" % (name, headers[name])
+                    for name in (b"x-lepton-version", b"retry-after")
+                    if name in headers
+                )
+                body = error_body(_text_of(status, body))
+            if status in _RETRYABLE and b"retry-after" not in headers:
+                block += _RETRY_AFTER
+        self._finish(status, block, body)
+
+    def failed(self, error: UpstreamError) -> None:
+        if error.failure in (Failure.CONNECT, Failure.LOST) and self._try_again(error.failure):
+            return
+        name = self.route.serving.model
+        match error.failure:
+            case Failure.TIMEOUT:
+                waited_ms = round((self.deadline - self.began) * 1e3)
+                self._finish(504, JSON + _RETRY_AFTER, error_body(f"model {name!r}: no answer within {waited_ms} ms"))
+            case Failure.INVALID | Failure.TOO_LARGE:
+                self._finish(502, JSON, error_body(f"model {name!r}: {error.message}"))
+            case _:
+                self._finish(503, JSON + _RETRY_AFTER, error_body(f"model {name!r} is out of reach: {error.message}"))
+
+    def cancel(self) -> None:
+        """The caller left: the mesh and the worker hear of it."""
+        super().cancel()
+        self._finish(_CLIENT_GONE, b"", b"")
+
+    def _try_again(self, failure: Failure) -> bool:
+        """Inference may be repeated, so a mesh that restarts in the middle costs time only."""
+        self._lost += failure is Failure.LOST
+        backoff_s = min(_FIRST_BACKOFF_S * 2**self._tries, _LAST_BACKOFF_S)
+        self._tries += 1
+        if self._lost > _MAX_LOST or time.monotonic() + backoff_s >= min(self.deadline, self.began + _PATIENCE_S):
+            return False
+        asyncio.get_running_loop().call_later(backoff_s, self._send_again)
+        return True
+
+    def _send_again(self) -> None:
+        if not self._over:
+            self._proxy.upstream.send(self)
+
+    def _finish(self, status: int, headers: bytes, body: bytes) -> None:
+        if self._over:
+            return
+        self._over = True
+        self.route.in_flight -= 1
+        self.route.count(self.version, status, time.monotonic() - self.began)
+        if self._proxy.observer is not None:
+            self._proxy.observer(self, status)
+        if status != _CLIENT_GONE:
+            self.request.respond(status, headers, body)
+
+
+def _is_oip_error(body: bytes) -> bool:
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(document, dict) and isinstance(document.get("error"), str)
+
+
+def _text_of(status: int, body: bytes) -> str:
+    """What a proxy said in plain text; the status' own words when it said nothing."""
+    text = body[:500].decode("utf-8", "replace").strip()
+    if text and not text.startswith(("<", "{")):
+        return text
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return f"the model answered with status {status}"

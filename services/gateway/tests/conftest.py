@@ -1,0 +1,16 @@
+"""What the gateway's tests stand on."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+from lepton.servers import Etcd
+from lepton_common.etcd import EtcdClient
+from lepton_common.telemetry import Telemetry
+
+from .lab import Lab, running
+
+
+@pytest.fixture
+async def lab(etcd: EtcdClient, etcd_server: Etcd, telemetry: Telemetry) -> AsyncIterator[Lab]:
+    async with running(etcd, etcd_server.address, telemetry) as lab:
+        yield lab
