@@ -16,6 +16,7 @@ from sqlalchemy import Connection, CursorResult, Executable, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.pool import NullPool
 
 from lepton_common import envelope
 from lepton_common.errors import Unavailable
@@ -81,24 +82,15 @@ class Database:
     def __init__(self, dsn: str, schema: str, *, pool_size: int = 10) -> None:
         self.schema = checked_name("schema", schema)
         self.outbox_channel = f"{schema}_outbox"  # NOTIFY on it wakes the relay
+        self.url = dsn.replace("postgresql://", "postgresql+asyncpg://", 1)
         self.engine = create_async_engine(
-            dsn.replace("postgresql://", "postgresql+asyncpg://", 1),
+            self.url,
             pool_size=pool_size,
             max_overflow=0,
             pool_timeout=CONNECT_TIMEOUT_S,
             # After a restart of PostgreSQL the first checkout finds the dead connections and replaces them all.
             pool_pre_ping=True,
-            connect_args={
-                "timeout": CONNECT_TIMEOUT_S,
-                # The client's own limit catches a server that no longer answers at all.
-                "command_timeout": STATEMENT_TIMEOUT_S + 5,
-                "server_settings": {
-                    "application_name": f"lepton-{schema}",
-                    "search_path": f'"{schema}"',
-                    "statement_timeout": f"{STATEMENT_TIMEOUT_S}s",
-                    "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_TIMEOUT_S}s",
-                },
-            },
+            connect_args=_connect_args(schema, STATEMENT_TIMEOUT_S),
         )
 
     @asynccontextmanager
@@ -138,11 +130,6 @@ class Database:
             finally:
                 await connection.invalidate()
 
-    async def ping(self) -> None:
-        """PostgreSQL answers. Raises Unavailable when it does not."""
-        async with self.transaction() as tx:
-            await tx.execute("SELECT 1")
-
     async def close(self) -> None:
         """No connection is left open."""
         await self.engine.dispose()
@@ -155,10 +142,11 @@ async def migrate(db: Database, package: str) -> None:
     migration that fails leaves nothing behind. Raises Unavailable when PostgreSQL is away.
     """
     folder = Path(str(resources.files(package) / "migrations"))
-    async with db.connection() as connection:
-        with _unavailable():
+    # A migration, and waiting for that of another replica, may take longer than any statement of a request.
+    engine = create_async_engine(db.url, poolclass=NullPool, connect_args=_connect_args(db.schema, None))
+    with _unavailable():
+        async with engine.begin() as connection:
             await connection.run_sync(_upgrade, folder, db.schema)
-            await connection.commit()
 
 
 class Executes(Protocol):
@@ -209,9 +197,25 @@ _SHARED_TABLES = (
 )
 
 
+def _connect_args(schema: str, statement_timeout_s: int | None) -> dict[str, Any]:
+    return {
+        "timeout": CONNECT_TIMEOUT_S,
+        # The client's own limit catches a server that no longer answers at all.
+        "command_timeout": statement_timeout_s and statement_timeout_s + 5,
+        "server_settings": {
+            "application_name": f"lepton-{schema}",
+            "search_path": f'"{schema}"',
+            "statement_timeout": f"{statement_timeout_s or 0}s",
+            "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_TIMEOUT_S}s",
+            # A client whose machine is gone loses its locks, the relay's among them, in a minute and not in two hours.
+            "tcp_keepalives_idle": "30",
+            "tcp_keepalives_interval": "10",
+            "tcp_keepalives_count": "3",
+        },
+    }
+
+
 def _upgrade(connection: Connection, folder: Path, schema: str) -> None:
-    # A migration may take longer than any statement of a request.
-    connection.execute(text("SET LOCAL statement_timeout = 0"))
     connection.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": f"lepton.migrate.{schema}"})
     connection.execute(text(f'CREATE SCHEMA IF NOT EXISTS "{schema}"'))
     script = ScriptDirectory(folder, version_locations=[folder])

@@ -52,7 +52,9 @@ class KafkaBus:
         self._group = group
         self._telemetry = telemetry
         self._stall_s = stall_s
+        # Two, so that a dead letter that cannot be written holds up no event.
         self._producer = Producer(self._bootstrap, f"lepton-{group}")
+        self._undertaker = Producer(self._bootstrap, f"lepton-{group}-dead-letters")
         self._handlers: dict[str, tuple[type[Event], Handler]] = {}
         self._handled = 0
         self._undeliverable = 0
@@ -81,7 +83,7 @@ class KafkaBus:
 
     async def close(self) -> None:
         """See `Bus`."""
-        await self._producer.close()
+        await asyncio.gather(self._producer.close(), self._undertaker.close())
 
     async def run(self) -> None:
         """See `Bus`. Kafka may be away, now or later: the bus waits for it."""
@@ -127,8 +129,9 @@ class KafkaBus:
             # resumed while a fetch without it is on its way.
             fetch_max_wait_ms=10 if self._bootstrap.mock else 50,
             isolation_level="read_uncommitted" if self._bootstrap.mock else "read_committed",
-            session_timeout_ms=6_000 if self._bootstrap.mock else 10_000,
-            heartbeat_interval_ms=2_000,
+            # The mock broker waits nearly this long at every change of a group.
+            session_timeout_ms=3_000 if self._bootstrap.mock else 10_000,
+            heartbeat_interval_ms=1_000,
             max_poll_interval_ms=300_000,
             request_timeout_ms=REQUEST_TIMEOUT_S * 1000,
         )
@@ -222,7 +225,7 @@ class KafkaBus:
                     self._deliverable.clear()
                     self._blocked.set(self._undeliverable)
                 with attempt:
-                    await self._producer.send([letter])
+                    await self._undertaker.send([letter])
         finally:
             self._undeliverable -= 1
             self._blocked.set(self._undeliverable)

@@ -47,12 +47,12 @@ class Record:
 
 
 class Producer:
-    """Stores records. Connects when first needed, and anew after a failure."""
+    """Stores records, one `send` at a time. Connects when first needed, and anew after a failure."""
 
     def __init__(self, bootstrap: Bootstrap, client_id: str) -> None:
         self._bootstrap = bootstrap
         self._client_id = client_id
-        self._connecting = asyncio.Lock()
+        self._turn = asyncio.Lock()
         self._producer: AIOKafkaProducer | None = None
 
     async def send(self, records: Sequence[Record]) -> None:
@@ -61,16 +61,18 @@ class Producer:
         A producer that failed is given up with what it still holds: otherwise it could store an earlier record
         behind a later one that is sent in its place.
         """
-        producer = await self._connected()
-        try:
-            async with asyncio.timeout(SEND_TIMEOUT_S):
-                stored = [
-                    await producer.send(each.topic, each.value, key=each.key, headers=each.headers) for each in records
-                ]
-                await asyncio.gather(*stored)
-        except (KafkaError, OSError, TimeoutError) as error:
-            await self._give_up(producer)
-            raise Unavailable("the event bus is not available", retry_after_s=1) from error
+        async with self._turn:
+            producer = await self._connected()
+            try:
+                async with asyncio.timeout(SEND_TIMEOUT_S):
+                    stored = [
+                        await producer.send(each.topic, each.value, key=each.key, headers=each.headers)
+                        for each in records
+                    ]
+                    await asyncio.gather(*stored)
+            except (KafkaError, OSError, TimeoutError) as error:
+                await self._give_up(producer)
+                raise Unavailable("the event bus is not available", retry_after_s=1) from error
 
     async def close(self) -> None:
         """No connection is left open, within seconds even if Kafka is away."""
@@ -78,28 +80,26 @@ class Producer:
             await self._give_up(self._producer)
 
     async def _connected(self) -> AIOKafkaProducer:
-        async with self._connecting:
-            if self._producer is None:
-                producer = AIOKafkaProducer(
-                    bootstrap_servers=self._bootstrap.servers,
-                    client_id=self._client_id,
-                    acks="all",
-                    enable_idempotence=True,
-                    linger_ms=2,
-                    max_request_size=_MAX_REQUEST_BYTES,
-                    request_timeout_ms=REQUEST_TIMEOUT_S * 1000,
-                )
-                try:
-                    await producer.start()
-                except (KafkaError, OSError) as error:
-                    await producer.stop()
-                    raise Unavailable("the event bus is not available", retry_after_s=1) from error
-                self._producer = producer
-            return self._producer
+        if self._producer is None:
+            producer = AIOKafkaProducer(
+                bootstrap_servers=self._bootstrap.servers,
+                client_id=self._client_id,
+                acks="all",
+                enable_idempotence=True,
+                linger_ms=2,
+                max_request_size=_MAX_REQUEST_BYTES,
+                request_timeout_ms=REQUEST_TIMEOUT_S * 1000,
+            )
+            try:
+                await producer.start()
+            except (KafkaError, OSError) as error:
+                await producer.stop()
+                raise Unavailable("the event bus is not available", retry_after_s=1) from error
+            self._producer = producer
+        return self._producer
 
     async def _give_up(self, producer: AIOKafkaProducer) -> None:
-        if self._producer is producer:
-            self._producer = None
+        self._producer = None
         # An idempotent producer never gives up a batch, so while Kafka is away its stop() does not end by itself.
         with suppress(KafkaError, OSError, TimeoutError):
             async with asyncio.timeout(STOP_TIMEOUT_S):

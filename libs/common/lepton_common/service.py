@@ -247,7 +247,7 @@ class Service:
 
 
 def run(service: Service) -> None:
-    """The process is this service until SIGTERM or SIGINT; then it turns not ready, drains, closes, and this returns."""
+    """The process is this service until SIGTERM or SIGINT. Then it drains and closes; exit status 1 after an error."""
 
     async def until_signal() -> None:
         stop = asyncio.Event()
@@ -259,6 +259,9 @@ def run(service: Service) -> None:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(until_signal())
+    except Exception:
+        _log.exception("ended by an error")
+        raise SystemExit(1) from None
     finally:
         service.telemetry.close()
 

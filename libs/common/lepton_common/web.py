@@ -49,7 +49,12 @@ def create_app(service: Service, keys: Keys, *, unlimited: Sequence[str] = ()) -
         redoc_url=None,
         redirect_slashes=False,
         strict_content_type=False,
-        telemetry={"tracer_provider": service.telemetry.provider, "metrics": False, "logs": False},
+        telemetry={
+            "tracer_provider": service.telemetry.provider,
+            "exclude": lambda scope: scope["path"].startswith(_OPERATIONAL),
+            "metrics": False,
+            "logs": False,
+        },
         responses={
             "4XX": _problem_response("The input or the caller is at fault"),
             "5XX": _problem_response("Try again later"),

@@ -183,7 +183,7 @@ async def test_postgresql_away_is_unavailable_and_back_is_back(tmp_path: Path, p
     recipe = Postgres(tmp_path / "postgres")
     db = Database(recipe.dsn, "things")
     with pytest.raises(Unavailable):
-        await db.ping()
+        await names(db)
     async with serving(recipe) as process:
         await migrate(db, package(FIRST))
         await asyncio.gather(*(names(db) for _ in range(10)))

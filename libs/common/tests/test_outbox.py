@@ -12,11 +12,14 @@ from uuid import uuid4
 
 import pytest
 from lepton.servers import Kafka, KafkaRuntime, Postgres
-from lepton_common.db import Database, create_shared_tables
+from lepton_common.db import Database, Tx, create_shared_tables
 from lepton_common.envelope import Message, decode
 from lepton_common.errors import Unavailable
 from lepton_common.events import Event, VersionPromoted
 from lepton_common.outbox import BATCH, Relay
+from lepton_common.service import Service
+from lepton_common.settings import Settings
+from lepton_common.telemetry import Telemetry
 from lepton_common.testing import serving
 from prometheus_client import CollectorRegistry
 
@@ -77,6 +80,7 @@ class Listener:
     """A bus that keeps what it is sent, after `failures` refusals."""
 
     failures: int = 0
+    deliver: Callable[[Any], Awaitable[None]] = field(init=False)
     sent: list[Event] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -87,7 +91,8 @@ class Listener:
         self.sent.extend(decode(each.headers, each.value) for each in messages)
         self.arrived.set()
 
-    def subscribe(self, kind: type[Any], handler: Callable[[Any], Awaitable[None]]) -> None: ...
+    def subscribe(self, kind: type[Any], handler: Callable[[Any], Awaitable[None]]) -> None:
+        self.deliver = handler
 
     async def run(self) -> None: ...
 
@@ -191,6 +196,33 @@ async def test_a_transaction_that_commits_late_is_not_passed_over(db: Database) 
             await bus.count(1)
         await bus.count(2)
     assert [str(each.subject) for each in bus.sent] == ["acme/early", "acme/late"]
+
+
+async def test_a_repeat_decides_nothing_and_acts_again(db: Database, telemetry: Telemetry) -> None:
+    bus, acted = Listener(), 0
+    service = Service("test", Settings(), telemetry, db=db, bus=bus)
+
+    async def on_promoted(event: VersionPromoted, tx: Tx) -> None:
+        await tx.execute("INSERT INTO effects (model, version) VALUES (:m, :v)", {"m": event.model, "v": event.version})
+        await tx.emit(promoted(event.model, event.version + 1))
+
+    async def tell(event: VersionPromoted) -> None:
+        nonlocal acted
+        acted += 1
+        if acted == 1:
+            raise Unavailable("later")
+
+    service.decide(VersionPromoted, on_promoted)
+    service.act(VersionPromoted, tell)
+    event = promoted("m", 1)
+    with pytest.raises(Unavailable):
+        await bus.deliver(event)
+    await bus.deliver(event)
+    await bus.deliver(promoted("m", 2))
+    assert acted == 3
+    assert await left(db) == 2
+    async with db.transaction() as tx:
+        assert (await tx.execute("SELECT version FROM effects ORDER BY seq")).scalars().all() == [1, 2]
 
 
 async def write(db: Database, chance: random.Random, models: Sequence[str], count: int) -> None:

@@ -103,6 +103,16 @@ async def test_start_up_work_is_done_in_order_and_waits_for_what_is_away(service
     assert service.readiness.reasons() == {"service": "draining"}
 
 
+async def test_a_service_that_still_waits_can_be_ended(service: Service) -> None:
+    async def connect() -> None:
+        raise Unavailable("the database is not available")
+
+    service.prepare(connect)
+    async with running(service), asyncio.timeout(10):
+        await until(lambda: len(service.readiness.reasons()) == 2)
+    assert not service.readiness.started
+
+
 async def test_a_mistake_at_start_ends_the_service_after_closing_it(service: Service) -> None:
     closed = asyncio.Event()
 
