@@ -221,4 +221,6 @@ def _told(error: Any) -> str:
 
 def _problem_response(description: str) -> dict[str, Any]:
     schema = Problem.model_json_schema(mode="serialization")
+    # A response's schema has no place for definitions of its own.
+    schema["properties"]["errors"]["items"] = schema.pop("$defs")[WrongInput.__name__]
     return {"description": description, "content": {PROBLEM: {"schema": schema}}}

@@ -241,13 +241,17 @@ async def test_a_passing_failure_is_tried_again(broker: str) -> None:
 
 
 async def test_an_event_that_fails_while_others_succeed_is_given_up(kafka: str) -> None:
+    failing = asyncio.Event()
+
     async def fail(event: VersionPromoted) -> None:
         if event.model == "bad":
+            failing.set()
             raise Unavailable("never")
 
     heard = Heard(fail)
     async with running_bus(kafka, (VersionPromoted, heard)) as bus:
         await send(bus, promoted("bad", 1))
+        await failing.wait()
         await send(bus, *(promoted(f"m{index}", 1) for index in range(12)))
         (letter,) = await dead_letters(kafka, 1)
     story = {name: value.decode() for name, value in letter.headers}
