@@ -166,7 +166,9 @@ class KafkaBus:
 
     async def _handle(self, record: ConsumerRecord) -> None:
         """The event took effect, or is a dead letter, or is none of ours."""
-        headers = {name: value.decode(errors="replace") for name, value in record.headers}
+        # Kafka allows a header without a value.
+        pairs = [(name, value or b"") for name, value in record.headers]
+        headers = {name: value.decode(errors="replace") for name, value in pairs}
         kind, handler = "unknown", None
         try:
             kind = envelope.type_name(headers)
@@ -179,7 +181,7 @@ class KafkaBus:
             failure = Failure(Reason.UNDECODABLE, error, 1, datetime.now(UTC))
             await self._bury(record, kind if handler else "unknown", failure)
             return
-        context = extract_kafka(record.headers)
+        context = extract_kafka(pairs)
         with (
             structlog.contextvars.bound_contextvars(event_type=kind, event_id=str(event.id)),
             self._telemetry.tracer.start_as_current_span(f"handle {kind}", context, kind=SpanKind.CONSUMER),

@@ -199,6 +199,21 @@ async def check_poison(broker: str, record: Record) -> None:
     assert letter.headers[: len(record.headers)] == tuple(record.headers)
 
 
+async def test_headers_without_a_value_or_without_sense_harm_nothing(kafka: str) -> None:
+    heard = Heard()
+    message = envelope.encode(promoted("m", 1), "tests")
+    headers: list[Any] = [(name, value.encode()) for name, value in message.headers.items()]
+    odd: list[Any] = [("traceparent", None), ("tracestate", b"\xff"), ("", b""), ("note", None)]
+    async with running_bus(kafka, (VersionPromoted, heard)):
+        await put(
+            kafka, Record(message.topic, None, message.value, [*headers, *odd]), Record(message.topic, None, b"", odd)
+        )
+        await heard.count(1)
+        (letter,) = await dead_letters(kafka, 1)
+    assert letter.value == b""
+    assert letter.headers[: len(odd)] == tuple(odd)
+
+
 async def test_other_types_pass_by(broker: str) -> None:
     heard = Heard()
     async with running_bus(broker, (VersionPromoted, heard)) as bus:
