@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import time
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from typing import Any
@@ -11,28 +10,19 @@ import orjson
 import structlog
 from lepton_common import oip
 from lepton_common.auth import Caller
-from lepton_common.errors import Invalid, LeptonError, Limited, NotFound, Unavailable, Unsupported, status_of
+from lepton_common.errors import LeptonError, Limited, NotFound, Unavailable, Unsupported, status_of
 from lepton_common.health import Readiness
 from lepton_common.http11 import JSON, Request, error_body
 from lepton_common.records import Scope
 from lepton_common.telemetry import METRICS_CONTENT_TYPE
 
 from lepton_gateway.callers import Callers
-from lepton_gateway.domain import METHODS, NotAllowed, Page, Target, target_of, unready_reason
-from lepton_gateway.proxy import Exchange, Proxy
+from lepton_gateway.documents import json_object
+from lepton_gateway.domain import METHODS, NotAllowed, Page, Target, index_of, target_of, unready_reason
+from lepton_gateway.proxy import Proxy
+from lepton_gateway.repository import Repository, ready_only
 from lepton_gateway.routes import Route, Routes
 
-# What a caller says that the worker needs to know. Everything else ends here, x-lepton-version above all.
-_FORWARDED = (
-    b"content-type",
-    b"content-encoding",
-    b"accept-encoding",
-    b"inference-header-content-length",
-    b"x-request-timeout-ms",
-    b"x-request-id",
-    b"traceparent",
-    b"tracestate",
-)
 _METRICS = b"content-type: %b\r\n" % METRICS_CONTENT_TYPE.encode()
 _VERSION = version("lepton-gateway")
 _MAX_TARGETS = 4096
@@ -53,12 +43,14 @@ class Api:
         routes: Routes,
         callers: Callers,
         proxy: Proxy,
+        repository: Repository,
         readiness: Readiness,
         render_metrics: Callable[[], bytes],
     ) -> None:
         self._routes = routes
         self._callers = callers
         self._proxy = proxy
+        self._repository = repository
         self._readiness = readiness
         self._render_metrics = render_metrics
         self._targets: dict[bytes, Target] = {}
@@ -71,6 +63,12 @@ class Api:
             Page.MODEL: lambda request, target: self._ask(request, target, "GET"),
             Page.CONFIG: lambda request, target: self._ask(request, target, "GET /config"),
             Page.MODEL_READY: self._model_ready,
+            Page.STATS: self._statistics,
+            Page.INDEX: self._index,
+            Page.LOAD: self._change,
+            Page.UNLOAD: self._change,
+            Page.TRACE: self._trace,
+            Page.LOGGING: self._logging,
             Page.SHARED_MEMORY: self._shared_memory,
             Page.PROCESS_LIVE: lambda request, target: answer(request, {"status": "live"}),
             Page.PROCESS_READY: self._process_ready,
@@ -110,34 +108,29 @@ class Api:
     # --- through the mesh ---
 
     def _infer(self, request: Request, target: Target) -> None:
-        began = time.monotonic()
         route = self._route(self._callers.check(request, Scope.INFER), target)
         if route.in_flight >= route.max_concurrency:
             route.count(b"", 429, 0.0)
             raise Limited(
                 f"model {target.model!r} has {route.max_concurrency} requests under way, its limit", retry_after_s=1
             )
-        self._pass_on(request, route, route.head("POST /infer", target.version), request.body, began)
+        self._proxy.send(request, route, "POST /infer", target.version, request.body)
 
     def _ask(self, request: Request, target: Target, line: str) -> None:
         """Something that a worker knows of the model."""
         route = self._route(self._callers.check_reader(request), target)
-        self._pass_on(request, route, route.head(line, target.version), b"", time.monotonic())
-
-    def _pass_on(self, request: Request, route: Route, head: bytes, body: bytes, began: float) -> None:
-        headers = request.headers
-        timeout_s = route.timeout_s
-        if b"x-request-timeout-ms" in headers:
-            timeout_s = min(timeout_s, _asked_timeout_s(headers[b"x-request-timeout-ms"]))
-        head += b"".join([b"%b: %b\r\n" % (name, headers[name]) for name in _FORWARDED if name in headers])
-        self._proxy.send(Exchange(self._proxy, request, route, head, body, began, timeout_s))
+        self._proxy.send(request, route, line, target.version, b"")
 
     def _route(self, caller: Caller, target: Target) -> Route:
-        route = self._routes.get(caller.tenant, target.model)
-        if target.version is None:
-            if not route.serving.split:
-                raise Unavailable(f"model {target.model!r} takes no traffic: it is not loaded", retry_after_s=1)
-        elif not route.has(target.version):
+        route = self._known(caller.tenant, target)
+        if target.version is None and not route.serving.split:
+            raise Unavailable(f"model {target.model!r} takes no traffic: it is not loaded", retry_after_s=1)
+        return route
+
+    def _known(self, tenant: str, target: Target) -> Route:
+        """The model's route; the version, where one is named, is loaded or being loaded."""
+        route = self._routes.get(tenant, target.model)
+        if target.version is not None and not route.has(target.version):
             raise NotFound(f"model {target.model!r} has no version {target.version} that is loaded")
         return route
 
@@ -158,10 +151,7 @@ class Api:
         request.respond(status, JSON, body)
 
     def _model_ready(self, request: Request, target: Target) -> None:
-        caller = self._callers.check_reader(request)
-        serving = self._routes.get(caller.tenant, target.model).serving
-        if target.version is not None and serving.assigned(target.version) is None:
-            raise NotFound(f"model {target.model!r} has no version {target.version} that is loaded")
+        serving = self._known(self._callers.check_reader(request).tenant, target).serving
         reason = unready_reason(serving, target.version, self._routes.workers())
         if reason is None:
             answer(request, {"name": target.model, "ready": True})
@@ -171,7 +161,48 @@ class Api:
     def _shared_memory(self, request: Request, target: Target) -> None:
         raise Unsupported("shared memory is not supported: send tensors as binary data")
 
-    # --- pages that wait for others ---
+    # --- control ---
+
+    def _index(self, request: Request, target: Target) -> None:
+        caller = self._callers.check_reader(request)
+        wanted = ready_only(request)
+        workers = tuple(self._routes.workers())
+        entries = [
+            entry for route in self._routes.of_tenant(caller.tenant) for entry in index_of(route.serving, workers)
+        ]
+        answer(request, [entry for entry in entries if entry["state"] == "READY" or not wanted])
+
+    def _change(self, request: Request, target: Target) -> None:
+        self._callers.check(request, Scope.DEPLOY)
+        self._later(request, self._repository.change(request, target.model, target.page.name.lower()))
+
+    def _statistics(self, request: Request, target: Target) -> None:
+        tenant = self._callers.check_reader(request).tenant
+        if target.model:
+            routes = [self._known(tenant, target)]
+        else:
+            routes = self._routes.of_tenant(tenant)
+        self._later(request, self._repository.statistics(routes, target.version))
+
+    def _trace(self, request: Request, target: Target) -> None:
+        changes = request.method == "POST"
+        if target.model:
+            caller = self._callers.check(request, Scope.DEPLOY) if changes else self._callers.check_reader(request)
+            model = self._routes.get(caller.tenant, target.model).serving.ref
+        else:
+            _ = self._callers.check(request, Scope.ADMIN) if changes else self._callers.check_reader(request)
+            model = None
+        tracing = self._proxy.tracing
+        answer(request, tracing.update(model, json_object(request.body)) if changes else tracing.view(model))
+
+    def _logging(self, request: Request, target: Target) -> None:
+        logs = self._proxy.logs
+        if request.method == "POST":
+            self._callers.check(request, Scope.ADMIN)
+            answer(request, logs.update(json_object(request.body)))
+        else:
+            self._callers.check_reader(request)
+            answer(request, logs.view())
 
     def _later(self, request: Request, work: Awaitable[Any]) -> None:
         """Answer with what `work` returns as JSON; None is an empty answer."""
@@ -210,9 +241,3 @@ def refuse(request: Request, error: LeptonError) -> None:
     elif status in (429, 503, 504):
         headers += b"retry-after: %d\r\n" % math.ceil(error.retry_after_s or 1)
     request.respond(status, headers, error_body(error.message))
-
-
-def _asked_timeout_s(value: bytes) -> float:
-    if not value.isdigit() or len(value) > 12:
-        raise Invalid("header x-request-timeout-ms must be a non-negative integer")
-    return int(value) / 1e3

@@ -6,7 +6,8 @@ from enum import Enum, auto
 from typing import Any
 from urllib.parse import unquote
 
-from lepton_common.errors import LeptonError, NotFound
+import orjson
+from lepton_common.errors import Invalid, LeptonError, NotFound
 from lepton_common.records import Loaded, LoadState, Serving, WorkerState
 
 
@@ -104,6 +105,22 @@ def _version(model: str, text: str) -> int:
     if text.isascii() and text.isdigit() and len(text) < 10:
         return int(text)
     raise NotFound(f"model {model[:80]!r} has no version {text[:80]!r}")
+
+
+# --- documents -------------------------------------------------------------------------------------------------------
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """The object in the body; an empty body is an empty object. Raises Invalid."""
+    if not body.strip():
+        return {}
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise Invalid(f"the request is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise Invalid("the request must be a JSON object")
+    return document
 
 
 # --- states ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ owns:  nothing: a restart loses nothing
 
 import time
 
+import httpx
 from lepton_common.auth import Keys
 from lepton_common.etcd import EtcdClient
 from lepton_common.http11 import Server, ServerLimits
@@ -18,10 +19,13 @@ from lepton_common.telemetry import Telemetry, configure
 
 from lepton_gateway.api import Api
 from lepton_gateway.callers import Callers
+from lepton_gateway.logs import LogSettings
 from lepton_gateway.metrics import Metrics
 from lepton_gateway.proxy import Proxy
+from lepton_gateway.repository import Repository
 from lepton_gateway.routes import Routes
 from lepton_gateway.settings import Settings
+from lepton_gateway.tracing import Tracing
 
 
 def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient) -> Service:
@@ -34,7 +38,12 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient) -> Service
     host, _, port = settings.mesh.rpartition(":")
     upstream = Upstream(host, int(port))
     callers = Callers(keys, keyless_loopback=settings.keyless_loopback)
-    api = Api(routes, callers, Proxy(upstream), service.readiness, telemetry.render_metrics)
+    http = httpx.AsyncClient()
+    logs = LogSettings(settings.log_level)
+    logs.install()
+    proxy = Proxy(upstream, Tracing(telemetry.tracer, on=bool(settings.otlp)), logs)
+    repository = Repository(http, settings.rollout_url, routes)
+    api = Api(routes, callers, proxy, repository, service.readiness, telemetry.render_metrics)
     server = Server(api.handle, ServerLimits(max_body_bytes=settings.max_body_bytes))
     mirrors = (keys.mirror, serving, workers)
 
@@ -44,6 +53,7 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient) -> Service
     telemetry.registry.register(Metrics(routes, server, etcd_stale_s))
     service.on_close(etcd.close)
     service.on_close(upstream.close)
+    service.on_close(http.aclose)
     for mirror in mirrors:
         service.background(mirror.run)
         service.prepare(mirror.synced)

@@ -2,15 +2,19 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
 
 import orjson
+import structlog
+from lepton_common.errors import Invalid
 from lepton_common.http11 import JSON, Request, error_body
 from lepton_common.http11_client import Call, Failure, Upstream, UpstreamError
+from opentelemetry.trace import Span
 
+from lepton_gateway import tracing
+from lepton_gateway.logs import LogSettings
 from lepton_gateway.routes import Route
+from lepton_gateway.tracing import Tracing
 
 # How long a request waits for a mesh that is being restarted, and how often it may meet one that breaks off.
 _PATIENCE_S = 10.0
@@ -19,6 +23,16 @@ _FIRST_BACKOFF_S = 0.02
 _LAST_BACKOFF_S = 0.5
 _CLIENT_GONE = 499
 
+# What a caller says that the worker needs to know. Everything else ends here, x-lepton-version above all.
+_FORWARDED_TRACED = (
+    b"content-type",
+    b"content-encoding",
+    b"accept-encoding",
+    b"inference-header-content-length",
+    b"x-request-timeout-ms",
+    b"x-request-id",
+)
+_FORWARDED = (*_FORWARDED_TRACED, b"traceparent", b"tracestate")
 _PASSED_BACK = (
     b"content-type",
     b"x-lepton-version",
@@ -30,21 +44,38 @@ _PASSED_BACK = (
 _RETRY_AFTER = b"retry-after: 1\r\n"
 _RETRYABLE = frozenset({429, 503, 504})
 
-# Called with every finished exchange and the status it ended with.
-Observer = Callable[["Exchange", int], None]
+_log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 
 class Proxy:
-    """Sends requests to the mesh. `observer`, when set, sees each exchange end."""
+    """Sends requests to the mesh."""
 
-    def __init__(self, upstream: Upstream) -> None:
+    def __init__(self, upstream: Upstream, tracing: Tracing, logs: LogSettings) -> None:
         self.upstream = upstream
-        self.observer: Observer | None = None
+        self.tracing = tracing
+        self.logs = logs
 
-    def send(self, exchange: "Exchange") -> None:
-        """The exchange's request is answered when the mesh has, or within its deadline."""
-        exchange.route.in_flight += 1
-        exchange.request.on_disconnect = exchange.cancel
+    def send(self, request: Request, route: Route, line: str, version: int | None, body: bytes) -> None:
+        """The request is answered when the mesh has, or within its deadline. `line` is as `Route.head` wants it."""
+        began = time.monotonic()
+        headers = request.headers
+        timeout_s = route.timeout_s
+        if b"x-request-timeout-ms" in headers:
+            timeout_s = min(timeout_s, _asked_timeout_s(headers[b"x-request-timeout-ms"]))
+        started = self.tracing.start(request, route.serving.ref) if self.tracing.active else None
+        forwarded = [
+            b"%b: %b\r\n" % (name, headers[name])
+            for name in (_FORWARDED if started is None else _FORWARDED_TRACED)
+            if name in headers
+        ]
+        head = route.head(line, version) + b"".join(forwarded)
+        span = None
+        if started is not None:
+            span, carried = started
+            head += carried
+        exchange = Exchange(self, request, route, head, body, began, timeout_s, span)
+        route.in_flight += 1
+        request.on_disconnect = exchange.cancel
         self.upstream.send(exchange)
 
 
@@ -54,7 +85,15 @@ class Exchange(Call):
     __slots__ = ("_lost", "_over", "_proxy", "_tries", "began", "request", "route", "span", "version")
 
     def __init__(
-        self, proxy: Proxy, request: Request, route: Route, head: bytes, body: bytes, began: float, timeout_s: float
+        self,
+        proxy: Proxy,
+        request: Request,
+        route: Route,
+        head: bytes,
+        body: bytes,
+        began: float,
+        timeout_s: float,
+        span: Span | None,
     ) -> None:
         """`began` is the monotonic time of the request's arrival; `head` is as `Call` wants it."""
         super().__init__(head, body, began + timeout_s)
@@ -66,7 +105,7 @@ class Exchange(Call):
         self.route = route
         self.began = began
         self.version = b""
-        self.span: Any = None
+        self.span = span
 
     def answered(self, status: int, headers: dict[bytes, bytes], body: bytes) -> None:
         self.version = headers.get(b"x-lepton-version", b"")
@@ -121,10 +160,23 @@ class Exchange(Call):
         self._over = True
         self.route.in_flight -= 1
         self.route.count(self.version, status, time.monotonic() - self.began)
-        if self._proxy.observer is not None:
-            self._proxy.observer(self, status)
+        if self.span is not None:
+            tracing.end(self.span, self.version, status)
+        if self._proxy.logs.verbose_level:
+            self._log(status)
         if status != _CLIENT_GONE:
             self.request.respond(status, headers, body)
+
+    def _log(self, status: int) -> None:
+        _log.info(
+            "request",
+            model=str(self.route.serving.ref),
+            version=self.version.decode("latin-1"),
+            status=status,
+            milliseconds=round((time.monotonic() - self.began) * 1e3, 3),
+            bytes_in=len(self.request.body),
+            path=self.request.path[:200],
+        )
 
 
 def _is_oip_error(body: bytes) -> bool:
@@ -144,3 +196,9 @@ def _text_of(status: int, body: bytes) -> str:
         return HTTPStatus(status).phrase
     except ValueError:
         return f"the model answered with status {status}"
+
+
+def _asked_timeout_s(value: bytes) -> float:
+    if not value.isdigit() or len(value) > 12:
+        raise Invalid("header x-request-timeout-ms must be a non-negative integer")
+    return int(value) / 1e3

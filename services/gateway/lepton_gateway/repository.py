@@ -1,0 +1,127 @@
+"""The model repository extension: loading and unloading, which is rollout's to do, and the workers' statistics."""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import parse_qs
+
+import httpx
+import orjson
+from lepton_common.errors import (
+    Conflict,
+    DeadlineExceeded,
+    Forbidden,
+    Invalid,
+    LeptonError,
+    NotFound,
+    Unauthenticated,
+    Unavailable,
+)
+from lepton_common.http11 import Request
+from lepton_common.records import LoadState
+
+from lepton_gateway.documents import json_object
+from lepton_gateway.domain import summed
+from lepton_gateway.routes import Route, Routes
+
+# Loading may take as long as rollout waits for it; a worker's statistics come from its memory.
+_LOAD_TIMEOUT_S = 600.0
+_STATISTICS_TIMEOUT_S = 2.0
+
+_KINDS: dict[int, type[LeptonError]] = {
+    400: Invalid,
+    401: Unauthenticated,
+    403: Forbidden,
+    404: NotFound,
+    409: Conflict,
+    503: Unavailable,
+    504: DeadlineExceeded,
+}
+
+
+class Repository:
+    """Asks rollout and the workers. `http` is closed by whoever made it."""
+
+    def __init__(self, http: httpx.AsyncClient, rollout_url: str, routes: Routes) -> None:
+        self._http = http
+        self._rollout_url = rollout_url.rstrip("/")
+        self._routes = routes
+
+    async def change(self, request: Request, model: str, verb: str) -> None:
+        """`verb` is load or unload. Raises what rollout says against it."""
+        version = _version_of(request)
+        names = (b"authorization", b"x-api-key")
+        headers = {name: request.headers[name] for name in names if name in request.headers}
+        try:
+            response = await self._http.post(
+                f"{self._rollout_url}/v1/serving/{model}/{verb}",
+                json={"version": version},
+                headers=headers,
+                timeout=_LOAD_TIMEOUT_S,
+            )
+        except httpx.TransportError as error:
+            raise Unavailable("the rollout service does not answer", retry_after_s=1) from error
+        if response.status_code != 200:
+            raise _KINDS.get(response.status_code, Unavailable)(_detail_of(response))
+
+    async def statistics(self, routes: Iterable[Route], version: int | None) -> dict[str, Any]:
+        """`model_stats` of the models, or of one version, summed over the workers that answer."""
+        asked = [
+            self._statistics_of(worker.address, route, loaded.version)
+            for route in routes
+            for worker in self._routes.workers()
+            for loaded in worker.versions
+            if (loaded.tenant, loaded.model) == (route.serving.tenant, route.serving.model)
+            and loaded.state is LoadState.READY
+            and version in (None, loaded.version)
+        ]
+        return {"model_stats": summed(entry for entries in await asyncio.gather(*asked) for entry in entries)}
+
+    async def _statistics_of(self, address: str, route: Route, version: int) -> list[dict[str, Any]]:
+        ref = route.serving.ref
+        try:
+            response = await self._http.get(
+                f"http://{address}/v2/models/{ref.model}/versions/{version}/stats",
+                headers={"host": ref.host},
+                timeout=_STATISTICS_TIMEOUT_S,
+            )
+        except httpx.TransportError:
+            return []  # A worker that just died or left; its lease runs out in seconds.
+        if response.status_code != 200:
+            return []
+        entries: list[dict[str, Any]] = orjson.loads(response.content)["model_stats"]
+        return entries
+
+
+def ready_only(request: Request) -> bool:
+    """Whether the repository index was asked for what is ready. Raises Invalid."""
+    ready = json_object(request.body).get("ready", False)
+    if not isinstance(ready, bool):
+        raise Invalid("ready must be true or false")
+    return ready
+
+
+def _version_of(request: Request) -> int | None:
+    """The version to load or unload: from the query (`?version=2`) or `parameters.version`; None is the model."""
+    parameters = json_object(request.body).get("parameters") or {}
+    if not isinstance(parameters, dict):
+        raise Invalid("parameters must be an object")
+    for name in parameters:
+        if name == "config" or name.startswith("file:"):
+            raise Invalid(f"parameters.{name[:80]} is not supported: push a new version instead")
+    asked = parse_qs(request.query).get("version", [parameters.get("version")])[-1]
+    if asked is None:
+        return None
+    text = str(asked)
+    if not (text.isascii() and text.isdigit() and 0 < int(text[:10]) < 2**31):
+        raise Invalid("version must be a positive integer")
+    return int(text)
+
+
+def _detail_of(response: httpx.Response) -> str:
+    """The message of rollout's problem document."""
+    try:
+        detail = orjson.loads(response.content)["detail"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        detail = None
+    return detail if isinstance(detail, str) else f"the rollout service answered with status {response.status_code}"
