@@ -15,10 +15,10 @@ from lepton_common.health import Readiness
 from lepton_common.http11 import JSON, Request, error_body
 from lepton_common.records import Scope
 from lepton_common.telemetry import METRICS_CONTENT_TYPE
+from lepton_common.types import checked_name
 
 from lepton_gateway.callers import Callers
-from lepton_gateway.documents import json_object
-from lepton_gateway.domain import METHODS, NotAllowed, Page, Target, index_of, target_of, unready_reason
+from lepton_gateway.domain import METHODS, NotAllowed, Page, Target, index_of, json_object, target_of, unready_reason
 from lepton_gateway.proxy import Proxy
 from lepton_gateway.repository import Repository, ready_only
 from lepton_gateway.routes import Route, Routes
@@ -167,21 +167,18 @@ class Api:
         caller = self._callers.check_reader(request)
         wanted = ready_only(request)
         workers = tuple(self._routes.workers())
-        entries = [
-            entry for route in self._routes.of_tenant(caller.tenant) for entry in index_of(route.serving, workers)
-        ]
+        routes = self._routes.of_tenant(caller.tenant)
+        entries = [entry for route in routes for entry in index_of(route.serving, workers)]
         answer(request, [entry for entry in entries if entry["state"] == "READY" or not wanted])
 
     def _change(self, request: Request, target: Target) -> None:
         self._callers.check(request, Scope.DEPLOY)
+        checked_name("model", target.model)  # It becomes part of a path.
         self._later(request, self._repository.change(request, target.model, target.page.name.lower()))
 
     def _statistics(self, request: Request, target: Target) -> None:
         tenant = self._callers.check_reader(request).tenant
-        if target.model:
-            routes = [self._known(tenant, target)]
-        else:
-            routes = self._routes.of_tenant(tenant)
+        routes = [self._known(tenant, target)] if target.model else self._routes.of_tenant(tenant)
         self._later(request, self._repository.statistics(routes, target.version))
 
     def _trace(self, request: Request, target: Target) -> None:

@@ -20,8 +20,7 @@ from lepton_common.errors import (
 from lepton_common.http11 import Request
 from lepton_common.records import LoadState
 
-from lepton_gateway.documents import json_object
-from lepton_gateway.domain import summed
+from lepton_gateway.domain import json_object, summed
 from lepton_gateway.routes import Route, Routes
 
 # Loading may take as long as rollout waits for it; a worker's statistics come from its memory.
