@@ -16,7 +16,6 @@ from typing import Any
 import lepton
 import numpy as np
 import stamina
-from lepton.errors import Unreachable
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
@@ -43,7 +42,8 @@ def main() -> None:
 
     with step("Train", f"a small neural network on {len(train_images):,} handwritten digits"):
         model = train(train_images, train_labels)
-    with running_platform() as client:
+    start_platform()
+    with lepton.Client() as client:
         with step("Push", f"it as the model {MODEL!r}, and wait until it serves"):
             version = client.push(model, name=MODEL)
         note(f"version {version.version}, {version.size_bytes / 1000:.0f} kB of ONNX, sha256 {version.sha256[:12]}…")
@@ -77,25 +77,14 @@ def train(images: Array, labels: Array) -> MLPClassifier:
         return MLPClassifier((128, 64), max_iter=400, random_state=0).fit(images, labels)
 
 
-@contextmanager
-def running_platform() -> Iterator[lepton.Client]:
-    """A client of the platform: the one that runs, else one started here and left running."""
-    with lepton.Client() as client:
-        try:
-            client.models()
-        except Unreachable:
-            if "LEPTON_URL" in os.environ:
-                raise  # Somebody else's platform; starting our own would not help.
-        else:
-            console.print(f"[bold cyan]Find [/] the platform running at {client.endpoint.url}")
-            yield client
-            return
+def start_platform() -> None:
+    """A platform runs: the one that LEPTON_URL names, the local one, or the local one just started."""
+    if "LEPTON_URL" in os.environ:
+        return
     console.print("[bold cyan]Start[/] the platform: Kafka, PostgreSQL, etcd, Envoy and Lepton's services")
     started = subprocess.run([LEPTON, "up", "--detach"], check=False)
     if started.returncode:
         sys.exit(started.returncode)  # It has said what is missing.
-    with lepton.Client() as client:
-        yield client
 
 
 def predict_in_batches(client: lepton.Client, images: Array) -> tuple[Array, Array]:

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lepton.errors import Invalid
+from lepton.errors import Invalid, Unreachable
 
-DEFAULT_URL = "http://127.0.0.1:8080"
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -32,13 +31,15 @@ def home() -> Path:
 def find_endpoint(url: str | None = None, key: str | None = None) -> Endpoint:
     """The platform to talk to. The local platform's own key is sent nowhere but to the local platform.
 
-    Raises Invalid when the URL is not an http or https one.
+    Raises Invalid when the URL is not an http or https one, Unreachable when nothing names a platform.
     """
     local_url = _local_url()
-    url = (url or os.environ.get("LEPTON_URL") or local_url or DEFAULT_URL).rstrip("/")
+    url = (url or os.environ.get("LEPTON_URL") or local_url or "").rstrip("/")
+    if not url:
+        raise Unreachable("No platform was started here yet.")
     parts = urlsplit(url)
     if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise Invalid(f"{url!r} is not a platform's URL.", hint=f"It looks like {DEFAULT_URL}.")
+        raise Invalid(f"{url!r} is not a platform's URL.", hint="It looks like http://127.0.0.1:8080.")
     key = key or os.environ.get("LEPTON_API_KEY") or (_local_key() if url == local_url else None)
     return Endpoint(url, key)
 

@@ -416,6 +416,12 @@ def test_the_local_key_is_sent_to_no_other_platform(home: Path) -> None:
     assert "lp_local" not in repr(find_endpoint())
 
 
+def test_where_nothing_was_started_there_is_a_hint_and_no_guess(home: Path) -> None:
+    (home / "platform.json").unlink()
+    with pytest.raises(Unreachable, match=r"No platform was started here yet\.\nStart it with `lepton up`"):
+        find_endpoint()
+
+
 @pytest.mark.parametrize("url", ["ftp://x", "127.0.0.1:8080", "http://"])
 def test_what_is_no_url_is_invalid(url: str) -> None:
     with pytest.raises(Invalid, match="not a platform's URL"):
