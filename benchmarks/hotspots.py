@@ -18,12 +18,12 @@ Hot = dict[str, list[tuple[str, float]]]
 def sampled(pids: dict[str, int]) -> Iterator[Hot]:
     """While the block runs, each named process is sampled; afterwards the dict has its busiest functions.
 
-    A function's figure is the share (0 to 1) of the samples in which it was on top of the stack.
+    A function's figure is the share (0 to 1) of the samples in which it was on top of the stack and held the interpreter.
     """
     found: Hot = {}
     with tempfile.TemporaryDirectory() as folder:
         py_spy = Path(sys.executable).with_name("py-spy")
-        options = ["--format", "raw", "--function", "--duration", str(SECONDS), "--rate", "200", "--nonblocking"]
+        options = ["--format", "raw", "--function", "--duration", str(SECONDS), "--rate", "200", "--gil"]
         recorders = [
             subprocess.Popen(
                 [py_spy, "record", *options, "--output", str(Path(folder, name)), "--pid", str(pid)],
