@@ -1,5 +1,6 @@
 """`lepton up`, `down`, `status`, `logs` and `doctor`: the local platform on the command line."""
 
+import contextlib
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -108,14 +109,13 @@ def logs(
         known = ", ".join(log_files(folder, None)) or "none"
         raise LeptonError(f"There is no log of {service or 'a platform'} in {folder}.", hint=f"Logs there: {known}.")
     width = max(map(len, files))
+    later = new_lines(files)
     for line in last_lines(files, lines):
         _print_line(line, width)
     if follow:
-        try:
-            for line in new_lines(files):
+        with contextlib.suppress(KeyboardInterrupt):
+            for line in later:
                 _print_line(line, width)
-        except KeyboardInterrupt:
-            raise typer.Exit from None
 
 
 @commands.command(rich_help_panel=_PANEL)

@@ -20,6 +20,12 @@ _UPSTREAM_IDLE = "60s"
 _DOWNSTREAM_IDLE = "3600s"
 _SERVICES = ("gateway", "registry", "rollout")
 
+# The connection's own address, whatever the client claims. Envoy itself would write the machine's outer address for a
+# client on loopback.
+_FORWARDED_FOR = {
+    "header": {"key": "x-forwarded-for", "value": "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"},
+    "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+}
 _PROBLEM = {"type": "about:blank", "status": "%RESPONSE_CODE%", "detail": "%LOCAL_REPLY_BODY%"}
 _OIP_ERROR = {"error": "%LOCAL_REPLY_BODY%"}
 
@@ -125,9 +131,14 @@ def _front() -> dict[str, Any]:
     ]
     return {
         "stat_prefix": "front",
-        "route_config": {"name": "front", "virtual_hosts": [{"name": "front", "domains": ["*"], "routes": routes}]},
-        # The client's address is the connection's own, whatever it claims in x-forwarded-for.
+        "route_config": {
+            "name": "front",
+            "virtual_hosts": [{"name": "front", "domains": ["*"], "routes": routes}],
+            "request_headers_to_add": [_FORWARDED_FOR],
+        },
+        # What stands before it is the outside: its x-envoy- headers are not obeyed.
         "use_remote_address": True,
+        "skip_xff_append": True,
         "preserve_external_request_id": True,
         "max_request_headers_kb": 96,
         "local_reply_config": {"mappers": mappers, "body_format": _body(_PROBLEM, "application/problem+json")},

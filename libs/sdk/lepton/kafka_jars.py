@@ -38,10 +38,10 @@ def fetch_kafka(into: Path) -> bool:
     wanted = [f"kafka_2.13-{KAFKA_VERSION}.jar", f"log4j-slf4j-impl-{LOG4J_VERSION}.jar"]
     if all((into / jar).exists() for jar in wanted):
         return True
+    into.parent.mkdir(parents=True, exist_ok=True)
     maven = shutil.which("mvn")
     if maven is None:
         return False
-    into.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=into.parent) as folder:
         (Path(folder) / "pom.xml").write_text(_POM)
         goal = ["dependency:copy-dependencies", "-DincludeScope=runtime", "-DoutputDirectory=libs"]

@@ -42,8 +42,11 @@ def last_lines(files: dict[str, Path], count: int) -> list[Line]:
 
 
 def new_lines(files: dict[str, Path]) -> Iterator[Line]:
-    """The lines that are written from now on, for ever."""
-    offsets = {part: _size(path) for part, path in files.items()}
+    """The lines that are written after this call, for ever."""
+    return _follow(files, {part: _size(path) for part, path in files.items()})
+
+
+def _follow(files: dict[str, Path], offsets: dict[str, int]) -> Iterator[Line]:
     while True:
         for part, path in files.items():
             size = _size(path)

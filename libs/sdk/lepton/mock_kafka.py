@@ -28,6 +28,7 @@ def start_mock_broker(port: int) -> str:
     library.rd_kafka_mock_cluster_new.argtypes = [ctypes.c_void_p, ctypes.c_int]
     library.rd_kafka_mock_cluster_bootstraps.restype = ctypes.c_char_p
     library.rd_kafka_mock_cluster_bootstraps.argtypes = [ctypes.c_void_p]
+    library.rd_kafka_mock_group_initial_rebalance_delay_ms.argtypes = [ctypes.c_void_p, ctypes.c_int32]
     library.rd_kafka_mock_broker_set_host_port.argtypes = [
         ctypes.c_void_p,
         ctypes.c_int32,
@@ -41,6 +42,7 @@ def start_mock_broker(port: int) -> str:
         raise SystemExit(f"librdkafka did not start: {error.value.decode()}")
     cluster = library.rd_kafka_mock_cluster_new(client, 1)
     listens = library.rd_kafka_mock_cluster_bootstraps(cluster).decode()
+    library.rd_kafka_mock_group_initial_rebalance_delay_ms(cluster, 0)
     library.rd_kafka_mock_broker_set_host_port(cluster, _BROKER_ID, b"127.0.0.1", port)
     return str(listens)
 

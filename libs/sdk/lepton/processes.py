@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -136,11 +137,7 @@ class Process:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """True when the process has ended, within `timeout_s`."""
-        try:
-            self._process.wait(timeout_s)
-        except psutil.TimeoutExpired:
-            return False
-        return True
+        return ended(self._process, timeout_s)
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """The process has ended: cleanly when it managed to in `timeout_s`, else killed with its children."""
@@ -162,13 +159,35 @@ def end(process: psutil.Process, number: signal.Signals = signal.SIGTERM, timeou
     with contextlib.suppress(psutil.NoSuchProcess):
         if number != signal.SIGKILL:
             process.send_signal(number)
-            with contextlib.suppress(psutil.TimeoutExpired):
-                process.wait(timeout_s)
+            if ended(process, timeout_s):
                 return
         for each in [process, *process.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
-        process.wait(timeout_s)
+        ended(process, timeout_s)
+
+
+def ended(process: psutil.Process, timeout_s: float | None = None) -> bool:
+    """True when the process ends, or has ended, within `timeout_s`."""
+    if isinstance(process, psutil.Popen) or not hasattr(os, "pidfd_open"):
+        try:
+            process.wait(timeout_s)
+        except psutil.TimeoutExpired:
+            return False
+        return True
+    # psutil would wait until someone has reaped it, which the first process of many containers never does.
+    if not process.is_running():
+        return True
+    try:
+        file = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return True
+    try:
+        poll = select.poll()
+        poll.register(file, select.POLLIN)
+        return bool(poll.poll(None if timeout_s is None else 1000 * timeout_s))
+    finally:
+        os.close(file)
 
 
 def _mark(recipe: Recipe) -> str:

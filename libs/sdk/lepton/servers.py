@@ -116,6 +116,9 @@ class Kafka:
             "transaction.state.log.min.isr": 1,
             "share.coordinator.state.topic.replication.factor": 1,
             "share.coordinator.state.topic.min.isr": 1,
+            # A killed broker may not come back before its old session has ended.
+            "broker.session.timeout.ms": 2000,
+            "broker.heartbeat.interval.ms": 500,
             "group.initial.rebalance.delay.ms": 0,
             "group.min.session.timeout.ms": 1000,
             # One machine: a page written is kept over the end of the process, and fsync covers loss of power.

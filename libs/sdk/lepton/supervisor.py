@@ -178,9 +178,9 @@ def _stop_stages(home: Home, stages: list[list[Process]]) -> None:
 
 def _end_all(home: Home, running: dict[str, Identity]) -> None:
     """These parts, for which there is no recipe, have ended."""
-    for name, identity in running.items():
-        if process := identity.find():
-            end(process)
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(end, filter(None, (identity.find() for identity in running.values()))))
+    for name in running:
         home.forget_part(name)
 
 
