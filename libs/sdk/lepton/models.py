@@ -239,7 +239,7 @@ class RolloutState(StrEnum):
 
 
 class Rollout(Response):
-    """A version's way to live traffic. `previous` served before it, `percent` is the share it brought its version to."""
+    """A version's way to live traffic. `previous` served before it; `percent` is the share it has brought it to."""
 
     id: UUID
     tenant: str
