@@ -174,6 +174,8 @@ def _refuse(request: Request, error: LeptonError, headers: bytes = b"") -> None:
     if isinstance(error, _NotAllowed):
         status = 405
         headers += b"allow: %b\r\n" % error.allowed.encode()
+    elif status == 500:
+        _log.warning("answered with an error", target=request.target[:200].decode("latin-1"), reason=error.message)
     if isinstance(error, NotLoaded):
         headers += b"x-lepton-reason: not-loaded\r\n"
     if error.retry_after_s is not None:

@@ -156,6 +156,8 @@ class Assignments:
             if kept is None:
                 kept = self._residents[ref] = Resident(ref, assigned)
                 kept.task = group.create_task(self._load(kept))
+            elif kept.assigned.sha256 != assigned.sha256:
+                continue  # The old bytes leave first, then this is called again.
             elif kept.state is LoadState.UNLOADING and ref in self._lanes and kept.task is not None:
                 kept.task.cancel()  # It lingered, and is wanted again.
                 kept.state = LoadState.READY
@@ -180,9 +182,11 @@ class Assignments:
             except (Invalid, ModelFailed) as error:
                 self._enter(resident, LoadState.FAILED, error.message)
                 return
-            except (LeptonError, OSError) as error:
-                # The store is away, damaged or behind, or the disk is full: nothing is wrong with the model.
-                self._enter(resident, LoadState.LOADING, str(error))
+            # The store is away, damaged or behind, or the disk is full: nothing is wrong with the model.
+            except LeptonError as error:
+                self._enter(resident, LoadState.LOADING, error.message)
+            except OSError as error:
+                self._enter(resident, LoadState.LOADING, error.strerror or type(error).__name__)
             except Exception:
                 _log.exception("loading failed", version=str(resident.ref))
                 self._enter(resident, LoadState.FAILED, "internal error")

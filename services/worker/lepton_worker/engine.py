@@ -37,6 +37,7 @@ _DATATYPES = {
 }
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 _CUDA = ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"})
+_CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 # Where in its sources the runtime stopped: "/src/…/helper.h:84 onnxruntime::Reshape…(…) ", "ops.cc:703 Compute ".
 _SOURCE = re.compile(r"\S+\.(?:cc|cpp|cu|h):\d+ [^()\s]*(?:\([^()]*\))? ?|/\S+/\S+")
 
@@ -148,5 +149,5 @@ def _array(value: Any) -> Array:
 
 def _clean(error: Exception) -> str:
     """The runtime's message as callers may see it: one line without its error prefix and paths."""
-    message = str(error).rpartition("Status Message: ")[2].removeprefix("[ONNXRuntimeError] : ")
+    message = _CODE.sub("", str(error)).rpartition("Status Message: ")[2]
     return " ".join(_SOURCE.sub("", message).split())[:300] or type(error).__name__

@@ -27,6 +27,8 @@ from lepton_worker.presence import Presence
 from lepton_worker.settings import Settings, available_cores
 from lepton_worker.trial import Trial
 
+# One copies its inputs while the other computes.
+_GPU_INSTANCES = 2
 # Of the time for draining: how long the mesh gets to hear of it before connections are closed.
 _NOTICE_SHARE = 0.2
 
@@ -63,7 +65,10 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient) -> Service
         settings.pool,
         Cache(settings.cache, settings.cache_bytes, Blobs(settings.blobs)),
         Trial(settings.intra_op_threads, settings.load_timeout_s),
-        Resources(settings.instances or available_cores(), settings.intra_op_threads),
+        Resources(
+            settings.instances or (_GPU_INSTANCES if device == "cuda" else available_cores()),
+            settings.intra_op_threads,
+        ),
     )
     api = Api(assignments, service.readiness, telemetry.render_metrics, device, settings.max_body_bytes)
     front = Front(Server(api.handle, ServerLimits(max_body_bytes=settings.max_body_bytes)))

@@ -27,7 +27,7 @@ class Settings(CommonSettings):
     cache_bytes: Annotated[int, Field(gt=0)] = 20 << 30
     """bytes the artifacts in that folder may take"""
     instances: Annotated[int, Field(ge=0, le=1024)] = 0
-    """runs of one version at the same time; 0 for as many as there are cores"""
+    """runs of one version at the same time; 0 for as many as there are cores, or two on a GPU"""
     intra_op_threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """threads of one run"""
     load_timeout_s: Annotated[float, Field(gt=0)] = 120.0

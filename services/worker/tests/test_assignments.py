@@ -120,7 +120,7 @@ async def test_a_version_of_another_pool_is_not_loaded(tmp_path: Path, onnx_file
 
 
 async def test_a_withdrawn_version_serves_on_for_a_moment_and_is_then_gone(tmp_path: Path, onnx_file: OnnxFile) -> None:
-    async with running(tmp_path) as worker:
+    async with running(tmp_path, Resources(instances=1, linger_s=0.5)) as worker:
         worker.serve(await worker.artifact(1, onnx_file()))
         await worker.until_states(v1=LoadState.READY)
         worker.serve(stable=None)
@@ -152,6 +152,20 @@ async def test_a_version_wanted_again_after_it_left_is_loaded_again(tmp_path: Pa
             await worker.until_states(v1=LoadState.READY)
             worker.serve()
             await worker.until_states()
+
+
+async def test_other_bytes_under_the_same_number_replace_the_old_ones(tmp_path: Path, onnx_file: OnnxFile) -> None:
+    async with running(tmp_path) as worker:
+        worker.serve(await worker.artifact(1, onnx_file()))
+        await worker.until_states(v1=LoadState.READY)
+        other = await worker.artifact(1, onnx_file("g (float[N, 2] x) => (float[N, 2] y) { y = Identity(x) }"))
+        worker.serve(other)
+        await worker.until(
+            lambda: (
+                [(each.sha256, each.state) for each in worker.assignments.views()] == [(other.sha256, LoadState.READY)]
+            )
+        )
+        assert await worker.ask() == [[1, 1]]
 
 
 async def test_swapping_versions_fails_no_request(tmp_path: Path, onnx_file: OnnxFile) -> None:
