@@ -82,7 +82,14 @@ def mlp(platform: Platform) -> str:
 
 @pytest.fixture(scope="session")
 def every_datatype(platform: Platform) -> str:
-    return platform.serve("every-datatype", onnx_models.every_datatype())
+    """All but BF16, side by side."""
+    return platform.serve("every-datatype", onnx_models.identities(onnx_models.WITHOUT_BF16))
+
+
+@pytest.fixture(scope="session")
+def bfloat16(platform: Platform) -> str:
+    """BF16 and FP32, side by side."""
+    return platform.serve("bfloat16", onnx_models.identities(onnx_models.WITH_BF16))
 
 
 @pytest.fixture(scope="session")
