@@ -1,6 +1,7 @@
 """Who calls: by API key, or without one from this machine where the operator allows it."""
 
 from datetime import UTC, datetime
+from functools import lru_cache
 from ipaddress import ip_address
 
 from lepton_common.auth import Caller, Keys, secret_of
@@ -22,7 +23,7 @@ class Callers:
         secret = secret_of(headers.get(b"authorization"), headers.get(b"x-api-key"))
         if secret is not None:
             return self._keys.check(secret, scope, datetime.now(UTC))
-        if not (self._keyless_loopback and _is_local(request)):
+        if not (self._keyless_loopback and _is_local(request.peer, headers.get(b"x-forwarded-for", b""))):
             raise Unauthenticated("send an API key as Authorization: Bearer lp_…")
         if not _LOCAL.has(scope):
             raise Forbidden(f"this needs an API key with the scope {scope.value!r}")
@@ -36,10 +37,10 @@ class Callers:
             return self.check(request, Scope.READ)
 
 
-def _is_local(request: Request) -> bool:
+@lru_cache(maxsize=1024)
+def _is_local(peer: str, forwarded: bytes) -> bool:
     """Whether the peer, and everyone it says it speaks for, is this machine."""
-    forwarded = request.headers.get(b"x-forwarded-for", b"").decode("latin-1")
-    addresses = [request.peer, *(each.strip() for each in forwarded.split(",") if each.strip())]
+    addresses = [peer, *(each.strip() for each in forwarded.decode("latin-1").split(",") if each.strip())]
     try:
         return all(ip_address(address).is_loopback for address in addresses)
     except ValueError:

@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator
 
 import pytest
-from lepton.servers import Etcd
 from lepton_common.etcd import EtcdClient
 from lepton_common.telemetry import Telemetry
 
@@ -11,6 +10,6 @@ from .lab import Lab, running
 
 
 @pytest.fixture
-async def lab(etcd: EtcdClient, etcd_server: Etcd, telemetry: Telemetry) -> AsyncIterator[Lab]:
-    async with running(etcd, etcd_server.address, telemetry) as lab:
+async def lab(etcd: EtcdClient, telemetry: Telemetry) -> AsyncIterator[Lab]:
+    async with running(etcd, telemetry) as lab:
         yield lab

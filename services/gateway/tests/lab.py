@@ -96,10 +96,15 @@ class Lab:
         await self.etcd.put(KEYS + digest, record.model_dump_json().encode())
         return secret
 
+    @staticmethod
+    def patience() -> asyncio.Timeout:
+        """How long a test waits for what must come."""
+        return asyncio.timeout(10)
+
     async def until(self, path: str, status: int, key: str | None = None) -> httpx.Response:
         """The answer to GET, once it has that status."""
         headers = {"authorization": f"Bearer {key or self.key}"}
-        async with asyncio.timeout(10):
+        async with self.patience():
             while True:
                 response = await self.client.get(path, headers=headers)
                 if response.status_code == status:
@@ -109,7 +114,7 @@ class Lab:
 
 @asynccontextmanager
 async def running(
-    etcd: EtcdClient, address: str, telemetry: Telemetry, rollout_url: str = "http://127.0.0.1:1", keyless: bool = True
+    etcd: EtcdClient, telemetry: Telemetry, rollout_url: str = "http://127.0.0.1:1", keyless: bool = True
 ) -> AsyncIterator[Lab]:
     mesh = Mesh()
     mesh_server = Server(mesh)
@@ -117,14 +122,13 @@ async def running(
     host, port = mesh_server.address
     settings = Settings(
         port=free_port(),
-        etcd=address,
         mesh=f"{host}:{port}",
         rollout_url=rollout_url,
         keyless_loopback=keyless,
         drain_s=1,
         max_body_bytes=1_000_000,
     )
-    service = build(settings, telemetry, EtcdClient(address))
+    service = build(settings, telemetry, etcd)
     stop = asyncio.Event()
     serving = asyncio.create_task(service.run(stop))
     while not service.readiness.started:
