@@ -1,8 +1,10 @@
 """What callers of the gateway see: infer and what is known of models."""
 
 from datetime import UTC, datetime, timedelta
+from socket import AF_INET
 
 import orjson
+import psutil
 import pytest
 from lepton_common.etcd import EtcdClient
 from lepton_common.http11 import Request
@@ -188,7 +190,16 @@ async def test_callers_on_this_machine_need_no_key_where_that_is_allowed(lab: La
     assert (await lab.client.post("/v2/models/mine/infer")).status_code == 200
     assert (await lab.client.post(INFER)).status_code == 404
     assert (await lab.client.post("/v2/repository/models/mine/unload")).status_code == 403
-    for forwarded, status in [("127.0.0.1", 200), ("10.0.0.9", 401), ("127.0.0.1, 10.0.0.9", 401), ("x", 401)]:
+    own = {each.address for addresses in psutil.net_if_addrs().values() for each in addresses if each.family == AF_INET}
+    for forwarded, status in [
+        ("127.0.0.1", 200),
+        (", ".join(own), 200),
+        ("203.0.113.9", 401),
+        ("127.0.0.1, 203.0.113.9", 401),
+        ("0.0.0.0", 401),
+        ("255.255.255.255", 401),
+        ("x", 401),
+    ]:
         response = await lab.client.post("/v2/models/mine/infer", headers={"x-forwarded-for": forwarded})
         assert response.status_code == status, forwarded
 
