@@ -16,7 +16,7 @@ from lepton_common.telemetry import METRICS_CONTENT_TYPE
 from lepton_common.tensors import Array
 
 from lepton_worker.assignments import Assignments
-from lepton_worker.domain import NotLoaded, Target, Verb, target_of
+from lepton_worker.domain import ModelFailed, NotLoaded, Target, Verb, target_of
 from lepton_worker.lane import Lane
 
 _BINARY = b"content-type: application/octet-stream\r\n"
@@ -54,17 +54,14 @@ class Api:
         }
 
     def handle(self, request: Request) -> None:
-        """The request is answered, now or when its batch has run. Nothing the caller sent raises."""
+        """The request is answered, now or when its batch has run."""
         try:
             if request.method == "POST":
                 self._post(request)
             else:
                 self._get(request)
-        except LeptonError as error:
+        except Exception as error:
             _refuse(request, error, _version_header(request))
-        except Exception:
-            _log.exception("a request failed", target=request.target[:200].decode("latin-1"))
-            _refuse(request, LeptonError("internal error"), _version_header(request))
 
     # --- infer ---
 
@@ -72,8 +69,14 @@ class Api:
         target = target_of(request.headers.get(b"host", b""), request.target)
         if target.verb is not Verb.INFER:
             raise _NotAllowed("GET")
+        lane = self._lane(target, request.headers)
+        try:
+            self._infer(request, lane)
+        except Exception as error:
+            _refuse(request, error, lane.version_header)
+
+    def _infer(self, request: Request, lane: Lane) -> None:
         headers = request.headers
-        lane = self._lane(target, headers)
         body: bytes | bytearray = request.body
         if b"content-encoding" in headers:
             body = compression.decompress(body, headers[b"content-encoding"], self._max_body_bytes)
@@ -90,11 +93,12 @@ class Api:
         self, request: Request, lane: Lane, infer: oip.InferRequest, outcome: dict[str, Array] | LeptonError
     ) -> None:
         request.on_disconnect = None  # It leads back to here: the request would be garbage in a cycle.
+        if isinstance(outcome, LeptonError):
+            _refuse(request, outcome, lane.version_header)
+            return
         try:
-            if isinstance(outcome, LeptonError):
-                raise outcome
             length, parts = oip.encode_response(lane.model, lane.version, infer, outcome, lane.signature, lane.labels)
-        except LeptonError as error:
+        except Exception as error:
             _refuse(request, error, lane.version_header)
             return
         headers = lane.json_headers
@@ -168,15 +172,19 @@ def _json(request: Request, status: int, document: Any, headers: bytes = b"") ->
     request.respond(status, http11.JSON + headers, orjson.dumps(document))
 
 
-def _refuse(request: Request, error: LeptonError, headers: bytes = b"") -> None:
-    """The error as every OIP client reads it."""
+def _refuse(request: Request, error: Exception, headers: bytes) -> None:
+    """The error as every OIP client reads it. Of one that was not raised on purpose it says nothing."""
+    target = request.target[:200].decode("latin-1")
+    if not isinstance(error, LeptonError):
+        _log.error("a request failed", target=target, exc_info=error)
+        error = LeptonError("internal error")
     status = status_of(error)
     if isinstance(error, _NotAllowed):
         status = 405
         headers += b"allow: %b\r\n" % error.allowed.encode()
-    elif status == 500:
-        _log.warning("answered with an error", target=request.target[:200].decode("latin-1"), reason=error.message)
-    if isinstance(error, NotLoaded):
+    elif isinstance(error, ModelFailed):
+        _log.warning("a model failed", target=target, reason=error.message)
+    elif isinstance(error, NotLoaded):
         headers += b"x-lepton-reason: not-loaded\r\n"
     if error.retry_after_s is not None:
         headers += b"retry-after: %d\r\n" % math.ceil(error.retry_after_s)

@@ -224,5 +224,5 @@ class Assignments:
     def _enter(self, resident: Resident, state: LoadState, reason: str) -> None:
         resident.state = state
         resident.reason = reason[:_REASON_CHARACTERS]
-        _log.info(f"version is {state}", version=str(resident.ref), reason=resident.reason)
+        _log.info("version changed", version=str(resident.ref), state=state, reason=resident.reason)
         self.on_change()

@@ -36,10 +36,10 @@ class Settings(CommonSettings):
     """bytes of a request's body, decompressed"""
 
 
-def available_cores() -> int:
+def available_cores(cgroup: Path = _CGROUP) -> int:
     """The cores this process may use: its affinity, and the quota of its container (cgroup v2 or v1)."""
     cores = float(len(os.sched_getaffinity(0)))
-    quota = _words(_CGROUP / "cpu.max") or _words(_CGROUP / "cpu/cpu.cfs_quota_us", _CGROUP / "cpu/cpu.cfs_period_us")
+    quota = _words(cgroup / "cpu.max") or _words(cgroup / "cpu/cpu.cfs_quota_us", cgroup / "cpu/cpu.cfs_period_us")
     if len(quota) == 2 and quota[0] not in ("max", "-1"):
         cores = min(cores, int(quota[0]) / int(quota[1]))
     return max(1, math.ceil(cores))

@@ -12,6 +12,7 @@ from lepton_worker.engine import Engine
 _FREE_SIZES = (8, 1, 64, 224)
 _ROWS = 7
 _SEED = 7
+_MAX_ELEMENTS = 1 << 22  # of a batch to warm up with
 # Rounding differs with the shape of a matrix product; a row that depends on its neighbours differs by far more.
 _TOLERANCE = {"FP16": 1e-2, "BF16": 3e-2, "FP32": 1e-4, "FP64": 1e-6}
 
@@ -28,11 +29,14 @@ def examine(engine: Engine) -> Verdict:
 
 
 def warm_up(engine: Engine, verdict: Verdict, max_rows: int) -> None:
-    """The engine has run batches of one row and of `max_rows`, so that no caller pays for first-time work."""
+    """The engine has run one row and a full batch (of bounded size), so that no caller pays for first-time work."""
     if verdict.free_size is None:
         return
-    for rows in sorted({1, max_rows if verdict.batchable else 1}):
-        engine.run(_examples(engine.signature, rows, verdict.free_size))
+    one = _examples(engine.signature, 1, verdict.free_size)
+    engine.run(one)
+    if verdict.batchable:
+        fitting_rows = _MAX_ELEMENTS // max(1, sum(array.size for array in one.values()))
+        engine.run(_examples(engine.signature, max(1, min(max_rows, fitting_rows)), verdict.free_size))
 
 
 def _examples(signature: Signature, rows: int, free_size: int) -> dict[str, Array]:

@@ -234,8 +234,8 @@ def test_a_version_that_failed_to_load_is_unavailable_with_the_reason(worker: Wo
     ],
 )
 def test_a_wrong_input_is_named(document: Any, message: str, worker: WorkerRecipe) -> None:
-    status, _, answer = infer(worker, "double", document)
-    assert status == 400
+    status, headers, answer = infer(worker, "double", document)
+    assert (status, headers["x-lepton-version"]) == (400, "1")
     assert message in answer["error"]
 
 

@@ -1,6 +1,8 @@
 import re
+from collections.abc import Mapping
 
 import pytest
+from lepton_common.tensors import Array
 from lepton_worker.domain import Verdict
 from lepton_worker.engine import Engine
 from lepton_worker.warmup import examine, warm_up
@@ -58,17 +60,23 @@ def test_a_model_that_no_example_fits_is_served_unbatched_and_not_warmed_up(onnx
     warm_up(engine, verdict, 8)
 
 
-def test_warming_up_runs_one_row_and_a_full_batch(onnx_file: OnnxFile) -> None:
-    engine = Engine(onnx_file(), 1)
-    ran: list[int] = []
+class Counting(Engine):
+    """An engine that remembers how many rows it ran."""
 
-    class Counting(Engine):
-        def __init__(self) -> None:
-            self.signature = engine.signature
+    ran: tuple[int, ...] = ()
 
-        def run(self, inputs):  # type: ignore[no-untyped-def]
-            ran.append(len(inputs["x"]))
-            return engine.run(inputs)
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        self.ran += (len(inputs["x"]),)
+        return super().run(inputs)
 
-    warm_up(Counting(), Verdict(True, "", 8), 32)
-    assert ran == [1, 32]
+
+@pytest.mark.parametrize(
+    ("batchable", "max_rows", "expected"),
+    [(True, 32, (1, 32)), (False, 32, (1,)), (True, 1 << 30, (1, 1 << 21))],
+)
+def test_warming_up_runs_one_row_and_a_full_batch_of_bounded_size(
+    batchable: bool, max_rows: int, expected: tuple[int, ...], onnx_file: OnnxFile
+) -> None:
+    engine = Counting(onnx_file(), 1)
+    warm_up(engine, Verdict(batchable, "", 8), max_rows)
+    assert engine.ran == expected
