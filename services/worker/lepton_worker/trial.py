@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,10 @@ from lepton_worker.engine import RUNTIME, Engine
 from lepton_worker.warmup import examine
 
 COMMAND = (sys.executable, "-m", "lepton_worker.trial")
+
+
+class Crashed(Invalid):
+    """The child was ended by a signal."""
 
 
 class Trial:
@@ -38,30 +43,32 @@ class Trial:
         note = path.with_suffix(".verdict")
         verdict = _remembered(note)
         if verdict is None:
-            verdict = await self._try(path)
+            try:
+                verdict = await self._try(path)
+            except Crashed:  # Perhaps by the machine's fault, not the model's: once is not enough to condemn it.
+                verdict = await self._try(path)
             note.write_text(json.dumps({"runtime": RUNTIME, **dataclasses.asdict(verdict)}))
         return verdict
 
     async def _try(self, path: Path) -> Verdict:
-        child = await asyncio.create_subprocess_exec(
-            *self._command,
-            str(path),
-            str(self._intra_op_threads),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
+        # Not asyncio's subprocess: uvloop forks, which runs gRPC's fork handlers beside its threads. Popen does not.
+        child = subprocess.Popen(  # noqa: ASYNC220 (it takes milliseconds)
+            [*self._command, str(path), str(self._intra_op_threads)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
+        reading = asyncio.create_task(asyncio.to_thread(child.communicate))
         try:
             async with asyncio.timeout(self._timeout_s):
-                output, _ = await child.communicate()
+                output, _ = await asyncio.shield(reading)
         except TimeoutError:
             raise Invalid(f"the model did not load within {self._timeout_s:g} s") from None
         finally:
-            if child.returncode is None:
-                child.kill()
-                await child.wait()
-        return _verdict(child.returncode or 0, output)
+            child.kill()
+            await reading
+        return _verdict(child.returncode, output)
 
 
 def _remembered(note: Path) -> Verdict | None:
@@ -75,7 +82,7 @@ def _remembered(note: Path) -> Verdict | None:
 
 def _verdict(status: int, output: bytes) -> Verdict:
     if status < 0:
-        raise Invalid(f"the model crashed the runtime while it loaded: {signal.Signals(-status).name}")
+        raise Crashed(f"the model crashed the runtime while it loaded: {signal.Signals(-status).name}")
     with contextlib.suppress(ValueError):
         found = json.loads(output)
         match found:
@@ -104,6 +111,9 @@ def _main(path: Path, intra_op_threads: int) -> None:
     except Invalid as error:
         outcome = {"refused": error.message}
     sys.stdout.write(json.dumps(outcome))
+    sys.stdout.flush()
+    # The verdict stands. Taking the runtime apart with its threads could only crash.
+    os._exit(0)
 
 
 if __name__ == "__main__":

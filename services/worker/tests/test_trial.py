@@ -1,3 +1,4 @@
+import asyncio
 import os
 import sys
 from pathlib import Path
@@ -56,6 +57,27 @@ async def test_a_model_that_crashes_is_refused_and_tried_again_next_time(
     with pytest.raises(Invalid, match=message):
         await Trial(1, 60, child(code)).verdict(path)
     assert (await Trial(1, 60).verdict(path)).batchable
+
+
+async def test_a_child_that_crashed_only_once_is_forgiven(onnx_file: OnnxFile) -> None:
+    path = onnx_file()
+    once = child(
+        "tried = sys.argv[1] + '.tried'; first = not os.path.exists(tried); open(tried, 'w').close();"
+        """first and os.abort(); print('{"batchable": false, "reason": "", "free_size": 1}')"""
+    )
+    assert await Trial(1, 60, once).verdict(path) == Verdict(False, "", 1)
+
+
+async def test_a_trial_that_is_no_longer_wanted_ends_its_process(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    hang = child("open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)")
+    trial = asyncio.create_task(Trial(1, 600, hang).verdict(path))
+    pid = int(await asyncio.to_thread(path.read_text))
+    trial.cancel()
+    await asyncio.wait([trial])
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 async def test_a_model_that_hangs_is_given_up_and_its_process_killed(tmp_path: Path) -> None:
