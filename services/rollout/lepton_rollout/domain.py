@@ -187,7 +187,9 @@ def judge_loading(
         return Loading.FAILED, _same_or_all(failed)
     if late:
         live = f"{len(verdicts) or 'no'} live worker{'' if len(verdicts) == 1 else 's'}"
-        return Loading.FAILED, f"no worker of pool {assigned.pool!r} had the version ready in time ({live})"
+        told = {worker: reason for worker, (_, reason) in verdicts.items() if reason}
+        why = f": {_same_or_all(told)}" if told else ""
+        return Loading.FAILED, f"no worker of pool {assigned.pool!r} had the version ready in time ({live}){why}"
     return Loading.WAIT, ""
 
 
@@ -203,7 +205,7 @@ def _verdict(model: ModelRef, assigned: Assigned, worker: WorkerState) -> tuple[
             case LoadState.FAILED:
                 return Loading.FAILED, loaded.reason or "the worker gave no reason"
             case LoadState.LOADING | LoadState.UNLOADING:
-                return Loading.WAIT, ""
+                return Loading.WAIT, loaded.reason
             case _:
                 assert_never(loaded.state)
     return Loading.WAIT, ""

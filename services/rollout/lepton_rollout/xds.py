@@ -28,7 +28,8 @@ _RETRY_POLICY: dict[str, Any] = {
             },
         }
     ],
-    "host_selection_retry_max_attempts": "5",
+    # A dead worker has nothing to do, so least-request prefers it: with few draws the retry would often meet it again.
+    "host_selection_retry_max_attempts": "100",
     "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.1s"},
 }
 
@@ -104,7 +105,8 @@ def cluster(pool: str, endpoints_file: str) -> dict[str, Any]:
         "circuit_breakers": _CIRCUIT_BREAKERS,
         "health_checks": [_HEALTH_CHECK],
         "outlier_detection": _OUTLIER_DETECTION,
-        "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
+        # What Envoy finds out about a worker's health counts at once; by default it may come a second late, merged.
+        "common_lb_config": {"healthy_panic_threshold": {"value": 0}, "update_merge_window": "0s"},
         "typed_extension_protocol_options": {
             "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
                 "@type": f"{_TYPE}.extensions.upstreams.http.v3.HttpProtocolOptions",

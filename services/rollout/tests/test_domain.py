@@ -240,6 +240,15 @@ def test_a_pool_without_workers_is_waited_for_until_it_is_late() -> None:
     )
 
 
+def test_what_holds_workers_up_is_told_once_it_is_late() -> None:
+    stuck = worker("a", LoadState.LOADING, "the store is full"), worker("b", LoadState.FAILED, "bad opset")
+    assert judged(*stuck)[0] is Loading.WAIT
+    assert judged(*stuck, late=True) == (
+        Loading.FAILED,
+        "no worker of pool 'cpu' had the version ready in time (2 live workers): a: the store is full; b: bad opset",
+    )
+
+
 def test_other_pools_draining_workers_and_other_bytes_do_not_count() -> None:
     draining = worker("c", LoadState.READY).model_copy(update={"draining": True})
     others = worker("a", LoadState.READY, pool="gpu"), worker("b", LoadState.READY, sha256="f" * 64), draining
