@@ -60,7 +60,7 @@ class Blobs:
         Raises Invalid, and stores nothing, when the file has another digest, and Unavailable when the store is away
         or full.
         """
-        if await self._is_intact(sha256):
+        if await self.is_intact(sha256):
             return await self.size(sha256) or 0
         with path.open("rb") as file:
             chunks = _verified(_read(file), sha256, Invalid)
@@ -118,7 +118,8 @@ class Blobs:
         with _store_errors(), contextlib.suppress(FileNotFoundError):
             await obstore.delete_async(self._store, _key(sha256))
 
-    async def _is_intact(self, sha256: str) -> bool:
+    async def is_intact(self, sha256: str) -> bool:
+        """Whether the artifact is stored and its bytes are right. Reads all of them."""
         try:
             async for _ in self.stream(sha256):
                 pass

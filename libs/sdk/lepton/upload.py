@@ -78,7 +78,8 @@ def upload(source: Path | bytes, *, progress: OnProgress | None = None) -> Flow[
 
 def _offset(sha256: str) -> Flow[int | None]:
     """The first byte the platform has not got, None when it has them all."""
-    request = Ask(method="HEAD", path=f"/v1/artifacts/{sha256}", repeatable=True, accepts=frozenset({404}))
+    path = f"/v1/artifacts/{sha256}"
+    request = Ask(method="HEAD", path=path, timeout_s=_TIMEOUT_S, repeatable=True, accepts=frozenset({404}))
     reply: Reply = yield from ask(request)
     return int(reply.headers.get("upload-offset", 0)) if reply.status == 404 else None
 

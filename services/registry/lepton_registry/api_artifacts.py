@@ -70,10 +70,13 @@ async def upload_artifact(
 
 @router.head("/artifacts/{sha256}", responses={404: {"description": "Not here, or not whole", "headers": _OFFSET}})
 async def find_artifact(sha256: shapes.Sha256, by: Deployer, parts: WithParts) -> Response:
-    """200 when the caller's tenant has the artifact, else 404 with the Upload-Offset from which an upload goes on."""
+    """200 when the caller's tenant has the artifact, else 404 with the Upload-Offset from which an upload goes on.
+
+    Its bytes are read: one that was damaged on disk is not here, so that pushing it again heals it.
+    """
     async with parts.db.transaction() as tx:
         artifact = await store.find_artifact(tx, by.tenant, sha256)
-    if artifact and await parts.blobs.size(sha256) is not None:
+    if artifact and await parts.blobs.is_intact(sha256):
         return Response(headers={"Content-Length": str(artifact.size_bytes)}, media_type="application/octet-stream")
     offset = await parts.staging.offset(by.tenant, sha256)
     return Response(status_code=HTTPStatus.NOT_FOUND, headers={"Upload-Offset": str(offset)})

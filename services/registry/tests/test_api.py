@@ -235,6 +235,8 @@ async def test_lost_or_damaged_bytes_are_healed_by_the_next_upload(registry: Reg
     blob.write_bytes(b"x" * len(data))
     with pytest.raises(httpx.RemoteProtocolError):
         await client.get(f"/v1/artifacts/{digest}")
+    head = await client.head(f"/v1/artifacts/{digest}")
+    assert (head.status_code, head.headers["upload-offset"]) == (404, "0")
     await upload(client, data)
     assert (await client.get(f"/v1/artifacts/{digest}")).content == data
     blob.unlink()
