@@ -53,6 +53,7 @@ class Api:
         self._repository = repository
         self._readiness = readiness
         self._render_metrics = render_metrics
+        self.refused: dict[int, int] = {}  # answers that the gateway gave instead of the mesh, by status
         self._targets: dict[bytes, Target] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._pages: dict[Page, Handler] = {
@@ -86,14 +87,14 @@ class Api:
             else:
                 self._when_started(request)
         except LeptonError as error:
-            refuse(request, error)
+            self._refuse(request, error)
 
     def _when_started(self, request: Request, patience_s: float = _START_PATIENCE_S) -> None:
         """Callers of a gateway that was just restarted wait for its tables rather than fail."""
         if self._readiness.started:
             self.handle(request)
         elif patience_s <= 0:
-            refuse(request, Unavailable("the gateway is starting", retry_after_s=1))
+            self._refuse(request, Unavailable("the gateway is starting", retry_after_s=1))
         else:
             loop = asyncio.get_running_loop()
             loop.call_later(_START_GRAIN_S, self._when_started, request, patience_s - _START_GRAIN_S)
@@ -110,7 +111,6 @@ class Api:
     def _infer(self, request: Request, target: Target) -> None:
         route = self._route(self._callers.check(request, Scope.INFER), target)
         if route.in_flight >= route.max_concurrency:
-            route.count(b"", 429, 0.0)
             raise Limited(
                 f"model {target.model!r} has {route.max_concurrency} requests under way, its limit", retry_after_s=1
             )
@@ -211,30 +211,30 @@ class Api:
         try:
             document = await work
         except LeptonError as error:
-            refuse(request, error)
+            self._refuse(request, error)
         except Exception:
             _log.exception("a request failed", path=request.path)
-            refuse(request, LeptonError("internal error"))
+            self._refuse(request, LeptonError("internal error"))
         else:
             if document is None:
                 request.respond(200, JSON)
             else:
                 answer(request, document)
 
+    def _refuse(self, request: Request, error: LeptonError) -> None:
+        """The error as every OIP client reads it."""
+        status = status_of(error)
+        headers = JSON
+        if isinstance(error, NotAllowed):
+            status = 405
+            headers += b"allow: %b\r\n" % ", ".join(error.allowed).encode()
+        elif status == 401:
+            headers += b"www-authenticate: Bearer\r\n"
+        elif status in (429, 503, 504):
+            headers += b"retry-after: %d\r\n" % math.ceil(error.retry_after_s or 1)
+        self.refused[status] = self.refused.get(status, 0) + 1
+        request.respond(status, headers, error_body(error.message))
+
 
 def answer(request: Request, document: Any, status: int = 200, headers: bytes = b"") -> None:
     request.respond(status, JSON + headers, orjson.dumps(document))
-
-
-def refuse(request: Request, error: LeptonError) -> None:
-    """The error as every OIP client reads it."""
-    status = status_of(error)
-    headers = JSON
-    if isinstance(error, NotAllowed):
-        status = 405
-        headers += b"allow: %b\r\n" % ", ".join(error.allowed).encode()
-    elif status == 401:
-        headers += b"www-authenticate: Bearer\r\n"
-    elif status in (429, 503, 504):
-        headers += b"retry-after: %d\r\n" % math.ceil(error.retry_after_s or 1)
-    request.respond(status, headers, error_body(error.message))

@@ -50,7 +50,7 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient) -> Service
     def etcd_stale_s() -> float:
         return max(mirror.stale_s(time.monotonic()) for mirror in mirrors)
 
-    telemetry.registry.register(Metrics(routes, server, etcd_stale_s))
+    telemetry.registry.register(Metrics(routes, api.refused, server, etcd_stale_s))
     service.on_close(etcd.close)
     service.on_close(upstream.close)
     service.on_close(http.aclose)

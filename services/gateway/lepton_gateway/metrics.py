@@ -1,6 +1,6 @@
 """Prometheus metrics of the gateway, read from plain counters when asked: a request pays next to nothing for them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 
 from lepton_common.http11 import Server
@@ -14,8 +14,12 @@ _BOUNDS = (*(str(bound) for bound in BUCKETS_S), "+Inf")
 
 
 class Metrics(Collector):
-    def __init__(self, routes: Routes, server: Server, etcd_stale_s: Callable[[], float]) -> None:
+    def __init__(
+        self, routes: Routes, refused: Mapping[int, int], server: Server, etcd_stale_s: Callable[[], float]
+    ) -> None:
+        """`refused` counts by status what the gateway answered itself."""
         self._routes = routes
+        self._refused = refused
         self._server = server
         self._etcd_stale_s = etcd_stale_s
 
@@ -36,6 +40,12 @@ class Metrics(Collector):
                 buckets = list(zip(_BOUNDS, accumulate(tally.buckets), strict=True))
                 seconds.add_metric(labels, buckets, tally.seconds)
         yield from (requests, seconds, in_flight)
+        refused = CounterMetricFamily(
+            "lepton_gateway_refused_requests", "Requests that never went to the mesh, by status.", labels=("code",)
+        )
+        for status, count in self._refused.items():
+            refused.add_metric((str(status),), count)
+        yield refused
         yield CounterMetricFamily(
             "lepton_gateway_malformed_requests", "What was no HTTP request.", value=self._server.rejected
         )

@@ -220,7 +220,9 @@ async def test_requests_are_counted_by_version_and_status(lab: Lab) -> None:
     lab.mesh.handler = flaky
     await lab.client.post(INFER)
     await lab.client.post(INFER, content=b"bad")
+    await lab.client.post("/v2/models/nobody/infer")
     text = (await lab.client.get("/metrics")).text
+    assert 'lepton_gateway_refused_requests_total{code="404"} 1.0' in text
     labels = 'model="m",tenant="acme",version="1"'
     assert f'lepton_gateway_requests_total{{code="200",{labels}}} 1.0' in text
     assert f'lepton_gateway_requests_total{{code="400",{labels}}} 1.0' in text
