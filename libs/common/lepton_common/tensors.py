@@ -154,10 +154,17 @@ def _integers(spec: TensorSpec, flat: list[Any], kinds: set[type]) -> Array:
         fractional = next((item for item in flat if type(item) is float and not item.is_integer()), None)
         if fractional is not None:
             raise Invalid(f"input {spec.name!r}: {fractional} is not an integer, {spec.datatype} expected")
-        flat = [int(item) if type(item) is float else item for item in flat]
+        flat = [_exact(item) if type(item) is float else item for item in flat]
     if not kinds <= {int, float}:
         raise _unexpected(spec, "integers", kinds)
     return np.array(flat, DTYPES[spec.datatype])
+
+
+def _exact(number: float) -> int:
+    """The integer. Raises OverflowError for one that may have been rounded, as the parser does beyond 64 bits."""
+    if abs(number) >= 2**53:
+        raise OverflowError
+    return int(number)
 
 
 def _bools(spec: TensorSpec, flat: list[Any], kinds: set[type]) -> Array:

@@ -186,6 +186,7 @@ def test_json_values_are_exact(datatype: str, data: list[Any], expected: list[An
         ("UINT8", [-1], "does not fit UINT8"),
         ("INT64", [2**63], "does not fit INT64"),
         ("UINT64", [float(2**64)], "does not fit UINT64"),
+        ("INT64", [-(2**63) - 1.0], "does not fit INT64"),
         ("INT32", [1.5], "1.5 is not an integer"),
         ("INT32", [True], "takes integers, got booleans"),
         ("INT32", [None], "takes integers, got null"),
