@@ -315,7 +315,7 @@ def _infers(client: Client, model: str) -> None:
 
 
 def _deploys(client: Client, model: str) -> None:
-    client.deploy(model, 1)
+    client.deploy(model, 1, wait=False)
 
 
 def test_new_key_counts_and_a_revoked_one_does_not_within_a_second(

@@ -164,9 +164,9 @@ def test_statistics_count_requests_and_rows_of_all_workers(
         assert stats["inference_stats"]["fail"]["count"] == 0
         batches = stats["batch_stats"]
         assert sum(each["compute_infer"]["count"] for each in batches) == stats["execution_count"]
-    names = [each["name"] for each in triton.get_inference_statistics()["model_stats"]]
-    assert name in names
-    assert len(names) == len(set(names)), "a version on several workers is one entry"
+    listed = [(each["name"], each["version"]) for each in triton.get_inference_statistics()["model_stats"]]
+    assert (name, "1") in listed
+    assert len(listed) == len(set(listed)), "a version on several workers is one entry"
 
 
 def test_trace_settings_are_kept_globally_and_per_model(
