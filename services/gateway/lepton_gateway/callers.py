@@ -4,7 +4,6 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from ipaddress import ip_address
 
-import psutil
 from lepton_common.auth import Caller, Keys, secret_of
 from lepton_common.errors import Forbidden, Unauthenticated
 from lepton_common.http11 import Request
@@ -40,17 +39,9 @@ class Callers:
 
 @lru_cache(maxsize=1024)
 def _is_local(peer: str, forwarded: bytes) -> bool:
-    """Whether the peer, and everyone it says it speaks for, is this machine.
-
-    Envoy names a caller on its own machine by another of the machine's addresses, so loopback is not all.
-    """
-    own = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
+    """Whether the peer, and everyone it says it speaks for, is on loopback."""
     callers = [peer, *(each.strip() for each in forwarded.decode("latin-1").split(",") if each.strip())]
-    return all(caller in own or _is_loopback(caller) for caller in callers)
-
-
-def _is_loopback(address: str) -> bool:
     try:
-        return ip_address(address).is_loopback
+        return all(ip_address(caller).is_loopback for caller in callers)
     except ValueError:
         return False

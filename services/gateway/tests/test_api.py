@@ -1,10 +1,8 @@
 """What callers of the gateway see: infer and what is known of models."""
 
 from datetime import UTC, datetime, timedelta
-from socket import AF_INET
 
 import orjson
-import psutil
 import pytest
 from lepton_common.etcd import EtcdClient
 from lepton_common.http11 import Request
@@ -190,10 +188,9 @@ async def test_callers_on_this_machine_need_no_key_where_that_is_allowed(lab: La
     assert (await lab.client.post("/v2/models/mine/infer")).status_code == 200
     assert (await lab.client.post(INFER)).status_code == 404
     assert (await lab.client.post("/v2/repository/models/mine/unload")).status_code == 403
-    own = {each.address for addresses in psutil.net_if_addrs().values() for each in addresses if each.family == AF_INET}
     for forwarded, status in [
         ("127.0.0.1", 200),
-        (", ".join(own), 200),
+        ("127.0.0.1, ::1", 200),
         ("203.0.113.9", 401),
         ("127.0.0.1, 203.0.113.9", 401),
         ("0.0.0.0", 401),
