@@ -28,8 +28,8 @@ from lepton_rollout.serving import Change, Raced, ServingTable
 from lepton_rollout.workers import Workers
 
 IMMEDIATE = "immediate"
-# Long enough for a rollout that shifts to finish, short enough for a caller in a hurry.
-_SUPERSEDE_S = 5.0
+# Long enough for a rollout that shifts or gives up to finish, short enough for a caller in a hurry.
+_FINISH_S = 5.0
 _LOOK_AGAIN_S = 1.0
 _AGAIN = stamina.retry(on=Raced, attempts=5, wait_initial=0.01, wait_max=0.1)
 
@@ -95,6 +95,7 @@ class Commands:
 
         A rollout that is still loading gives way. Raises Conflict when there is no previous version.
         """
+        returned(await self._table.get(model))  # Nothing gives way to a rollback that cannot be.
         await self._supersede(model, f"superseded by a rollback ({actor})")
         return await self.deploy(model, returned(await self._table.get(model)), actor)
 
@@ -111,7 +112,7 @@ class Commands:
         if stable is None:
             async with self._db.transaction() as tx:
                 stable = (await store.get_newest_version(tx, model)).version
-        rollout = await self._ended(await self.deploy(model, stable, actor), self._load_timeout_s)
+        rollout = await self._ended(await self.deploy(model, stable, actor), self._load_timeout_s + _FINISH_S)
         if rollout.state is State.FAILED:
             raise Conflict(f"version {rollout.version} of model {model.model!r} was not loaded: {rollout.reason}")
         return await self._table.get(model)
@@ -154,7 +155,7 @@ class Commands:
                 await store.supersede_rollout(tx, open_one.id, reason)
         if open_one is not None:
             self._workers.changed.send()
-            await self._ended(open_one, _SUPERSEDE_S)
+            await self._ended(open_one, _FINISH_S)
 
     async def _ended(self, rollout: Rollout, timeout_s: float) -> Rollout:
         """The rollout at its end. Raises DeadlineExceeded when it is not there in time."""

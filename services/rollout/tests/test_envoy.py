@@ -111,6 +111,25 @@ async def test_the_death_of_a_worker_under_load_fails_no_request(
     assert set(traffic.answers) == {"200 version 1"}
 
 
+async def test_workers_that_come_and_die_within_a_second_cost_no_request(
+    mesh: EnvoyMesh, client: httpx.AsyncClient, model: ModelRef, start_worker: StartWorker
+) -> None:
+    staying = await start_worker("staying")
+    await mesh.place([staying.state()])
+    await mesh.apply(virtual_service(serving(model, 1, {1: 100})))
+
+    async with Traffic(client, model) as traffic:
+        for number in range(6):
+            dying = await start_worker(f"dying-{number}")
+            await mesh.place([staying.state(), dying.state()])
+            while dying.answered == 0:
+                await traffic.more(1)
+            dying.die()
+            await traffic.more(100)
+
+    assert set(traffic.answers) == {"200 version 1"}
+
+
 async def test_a_body_of_64_mib_is_sent_again_to_another_worker(
     mesh: EnvoyMesh, client: httpx.AsyncClient, model: ModelRef, start_worker: StartWorker
 ) -> None:

@@ -136,14 +136,18 @@ async def test_a_rollback_takes_precedence_over_a_rollout_that_is_still_loading(
 
 
 async def test_a_rollback_needs_a_previous_version(lab: Lab, model: ModelRef) -> None:
-    await lab.worker("a")
+    worker = await lab.worker("a")
+    worker.slow.add(2)
     async with lab.service() as rollout:
-        await lab.register(model, 1)
+        await lab.register(model, 1, 2)
         await lab.deploy(rollout, model, 1)
+        loading = await rollout.post("/v1/rollouts", json={"model": model.model, "version": 2})
         answer = await rollout.post(f"/v1/serving/{model.model}/rollback")
+        untouched = await rollout.get(f"/v1/rollouts/{loading.json()['id']}")
 
     assert answer.status_code == 409
     assert answer.json()["detail"] == "model 'digits' has no previous version to go back to"
+    assert untouched.json()["state"] == "loading"
 
 
 async def test_a_loaded_version_is_warm_and_an_unloaded_one_is_gone(
