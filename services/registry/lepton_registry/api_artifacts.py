@@ -68,7 +68,11 @@ async def upload_artifact(
     return _answer(HTTPStatus.CREATED if is_new else HTTPStatus.OK, _shape(artifact))
 
 
-@router.head("/artifacts/{sha256}", responses={404: {"description": "Not here, or not whole", "headers": _OFFSET}})
+@router.head(
+    "/artifacts/{sha256}",
+    response_class=Response,
+    responses={200: {"content": _BYTES}, 404: {"description": "Not here, or not whole", "headers": _OFFSET}},
+)
 async def find_artifact(sha256: shapes.Sha256, by: Deployer, parts: WithParts) -> Response:
     """200 when the caller's tenant has the artifact, else 404 with the Upload-Offset from which an upload goes on.
 

@@ -1,0 +1,113 @@
+"""Every `/v1` API through the front door: whatever schemathesis makes of its OpenAPI document is answered as told."""
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from schemathesis.core.result import Ok
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from .local_platform import Platform
+from .onnx_models import mlp
+
+SERVICES = {
+    "registry": {
+        "GET /v1/tenants",
+        "POST /v1/tenants",
+        "GET /v1/keys",
+        "POST /v1/keys",
+        "DELETE /v1/keys/{key_id}",
+        "GET /v1/models",
+        "GET /v1/models/{model}",
+        "GET /v1/models/{model}/versions",
+        "POST /v1/models/{model}/versions",
+        "GET /v1/models/{model}/versions/{version}",
+        "GET /v1/models/{model}/timeline",
+        "PUT /v1/artifacts/{sha256}",
+        "HEAD /v1/artifacts/{sha256}",
+        "GET /v1/artifacts/{sha256}",
+    },
+    "rollout": {
+        "POST /v1/rollouts",
+        "GET /v1/rollouts",
+        "GET /v1/rollouts/{rollout}",
+        "GET /v1/serving",
+        "GET /v1/serving/{model}",
+        "POST /v1/serving/{model}/rollback",
+        "POST /v1/serving/{model}/load",
+        "POST /v1/serving/{model}/unload",
+    },
+}
+OPERATIONS = [(service, label) for service, labels in SERVICES.items() for label in sorted(labels)]
+
+# Wrong, but no schema can say so: a digest that the body does not have, an expiry in the past.
+WRONG_BEYOND_SCHEMA = {"PUT /v1/artifacts/{sha256}", "POST /v1/keys"}
+EXAMPLES = 20
+
+
+@pytest.fixture(scope="module")
+def documents(platform: Platform) -> dict[str, dict[str, Any]]:
+    """The services' OpenAPI documents. They are not for the front door."""
+    ports = platform.layout.ports
+    return {
+        service: httpx.get(f"http://127.0.0.1:{ports[service]}/openapi.json", trust_env=False).json()
+        for service in SERVICES
+    }
+
+
+@pytest.fixture(scope="module")
+def known(platform: Platform) -> dict[str, str]:
+    """Path parameters of things that exist, so that more than 404s are tested."""
+    with platform.client() as client:
+        client.push(mlp(91), name="schemathesis")
+        version = client.push(mlp(92), name="schemathesis")
+        [rollout, *_] = client.rollouts("schemathesis")
+    return {"model": "schemathesis", "version": "2", "sha256": version.sha256, "rollout": str(rollout.id)}
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_document_tells_of_every_operation(documents: dict[str, dict[str, Any]], service: str) -> None:
+    paths = documents[service]["paths"]
+    assert {f"{verb.upper()} {path}" for path, verbs in paths.items() for verb in verbs} == SERVICES[service]
+
+
+@pytest.mark.parametrize(("service", "label"), OPERATIONS, ids=[label for _, label in OPERATIONS])
+def test_operation_answers_as_its_document_says(
+    platform: Platform, documents: dict[str, dict[str, Any]], known: dict[str, str], service: str, label: str
+) -> None:
+    schema = schemathesis.openapi.from_dict(documents[service])
+    [operation] = [
+        result.ok() for result in schema.get_all_operations() if isinstance(result, Ok) and result.ok().label == label
+    ]
+    excluded = [positive_data_acceptance] if label in WRONG_BEYOND_SCHEMA else []
+
+    @hypothesis_settings(
+        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(case=operation.as_strategy(), exists=st.booleans())
+    def check(case: Any, exists: bool) -> None:
+        if exists:
+            case.path_parameters = {
+                name: known.get(name, value) for name, value in (case.path_parameters or {}).items()
+            }
+        answer = case.call(base_url=platform.url, headers={"Authorization": f"Bearer {platform.key}"}, timeout=60)
+        assert answer.status_code < 500, answer.text
+        case.validate_response(answer, excluded_checks=excluded)
+
+    check()
+
+
+def test_schema_tests_need_the_key(platform: Platform, make_key: Callable[..., str]) -> None:
+    reader = make_key("read")
+    for service, label in OPERATIONS:
+        verb, _, path = label.partition(" ")
+        path = path.format(model="schemathesis", version=1, sha256="0" * 64, key_id="0" * 16, rollout="0" * 32)
+        with platform.http(None) as nobody, platform.http(reader) as only_reads:
+            assert nobody.request(verb, path).status_code == 401, (service, label)
+            if verb not in {"GET", "HEAD"}:
+                assert only_reads.request(verb, path, json={}).status_code in {400, 403}, (service, label)
