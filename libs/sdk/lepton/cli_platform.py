@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from lepton.doctor import Finding
     from lepton.home import Home, PartState
-    from lepton.local import Background, PlatformStatus
+    from lepton.local import PlatformStatus
     from lepton.logs import Line
 
 commands = typer.Typer()
@@ -51,7 +51,7 @@ def up(
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready; it runs on.")] = False,
 ) -> None:
     """Start the whole platform on this machine. It listens on loopback only; Ctrl-C, or `lepton down`, ends it."""
-    from lepton.local import Background, Detached
+    from lepton.local import Detached
 
     place = _home(home)
     place.create()
@@ -62,7 +62,7 @@ def up(
         _wait_until_ready(place, Detached(place, port, workers).failure, _TIMEOUT_S)
         console.print("It runs in the background; `lepton down` ends it.")
     else:
-        _run_here(place, Background(place, port, workers))
+        _run_here(place, port, workers)
 
 
 @commands.command(rich_help_panel=_PANEL)
@@ -141,25 +141,28 @@ def _home(folder: Path | None) -> "Home":
     return Home.at(folder or endpoint.home())
 
 
-def _run_here(home: "Home", supervisor: "Background") -> None:
+def _run_here(home: "Home", port: int | None, workers: int | None) -> None:
     """The platform ran until Ctrl-C, SIGTERM or the end of the terminal; now it has ended."""
     import math
     import signal
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    from lepton.local import Background
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in endings:
+        signal.signal(number, signal.default_int_handler)
+    supervisor = Background(home, port, workers)
     try:
         _wait_until_ready(home, supervisor.failure, math.inf)
         console.print("Ctrl-C ends it.")
-        supervisor.join()
+        supervisor.wait()
     except KeyboardInterrupt:
         progress_console.print("Ending the platform")
     finally:
+        # Ending takes seconds, and must not be left half done for an impatient second Ctrl-C.
+        for number in endings:
+            signal.signal(number, signal.SIG_IGN)
         supervisor.stop()
-        supervisor.join()
 
 
 def _wait_until_ready(home: "Home", failure: "Callable[[], LeptonError | None]", timeout_s: float) -> None:

@@ -62,7 +62,9 @@ class Envoy:
         routes = {"@type": f"{_TYPES}envoy.config.route.v3.RouteConfiguration", "name": "mesh", "virtual_hosts": []}
         for name, resources in {"cds.json": [], "rds.json": [routes]}.items():
             if not (self.mesh_dir / name).exists():
-                (self.mesh_dir / name).write_text(json.dumps({"version_info": "0", "resources": resources}))
+                draft = self.mesh_dir / f".{name}.empty"
+                draft.write_text(json.dumps({"version_info": "0", "resources": resources}))
+                draft.replace(self.mesh_dir / name)
         (self.folder / "bootstrap.json").write_text(json.dumps(self._bootstrap(), indent=2))
 
     def argv(self) -> list[str]:

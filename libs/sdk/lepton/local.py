@@ -62,6 +62,7 @@ class Background:
 
     def __init__(self, home: Home, port: int | None, workers: int | None) -> None:
         self._stop = threading.Event()
+        self._ended = threading.Event()
         self._failure: LeptonError | None = None
         self._thread = threading.Thread(target=self._run, args=(home, port, workers), name=SUPERVISOR)
         self._thread.start()
@@ -73,16 +74,20 @@ class Background:
             self._failure = LeptonError(str(error), hint="`lepton doctor` says what is missing.")
         except LeptonError as error:
             self._failure = error
+        finally:
+            self._ended.set()
 
     def failure(self) -> LeptonError | None:
         """Why it ended by itself; None while it runs."""
-        return None if self._thread.is_alive() else self._failure or LeptonError("The supervisor ended.")
+        return (self._failure or LeptonError("The supervisor ended.")) if self._ended.is_set() else None
+
+    def wait(self) -> None:
+        """It has ended. A signal may interrupt this, unlike `Thread.join`, which takes the thread for ended then."""
+        self._ended.wait()
 
     def stop(self) -> None:
-        """It stops all parts now; `join` waits for that."""
+        """It has ended, and every part before it."""
         self._stop.set()
-
-    def join(self) -> None:
         self._thread.join()
 
 

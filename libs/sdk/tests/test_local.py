@@ -1,5 +1,6 @@
 """The whole platform, started, broken and ended as a person would: by the `lepton` command and by kill -9."""
 
+import contextlib
 import json
 import os
 import signal
@@ -199,14 +200,10 @@ def test_running_platform_cannot_be_stopped_behind_its_supervisors_back(platform
 
 
 def test_down_ends_everything_also_without_a_supervisor(platform: Platform) -> None:
-    for without_supervisor in (False, True):
-        platform.up()
-        if without_supervisor:
-            platform.kill_supervisor()
-        ended = platform.run("down").stdout
-        assert "etcd" in ended
-        assert platform.home.leftovers() == {}
-        assert platform.run("status", check=False).returncode == 3
+    platform.kill_supervisor()
+    assert "etcd" in platform.run("down").stdout
+    assert platform.home.leftovers() == {}
+    assert platform.run("status", check=False).returncode == 3
     assert "Nothing was running" in platform.run("down").stdout
 
 
@@ -216,18 +213,23 @@ def test_data_and_addresses_survive_down_and_up(platform: Platform) -> None:
     blob.parent.mkdir(exist_ok=True)
     blob.write_text("kept")
     platform.run("down")
-    platform.up()
-    assert platform.home.layout() == layout
-    assert platform.home.key() == key
-    assert blob.read_text() == "kept"
+    with in_the_foreground(platform):
+        assert platform.front_door_answers()
+        assert platform.home.layout() == layout
+        assert platform.home.key() == key
+        assert blob.read_text() == "kept"
+    assert platform.home.leftovers() == {}
 
 
-def test_up_in_the_foreground_ends_the_platform_at_sigterm(platform: Platform) -> None:
-    platform.run("down")
+@contextlib.contextmanager
+def in_the_foreground(platform: Platform) -> Iterator[None]:
+    """`lepton up` as in a terminal: ready at the start of the block, and ended by SIGTERM at its end."""
     command = [str(_LEPTON), "up", "--home", str(platform.home.folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        assert "Lepton is ready" in process.stdout.readline()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-    assert platform.home.leftovers() == {}
+        try:
+            assert process.stdout is not None
+            assert "Lepton is ready" in process.stdout.readline()
+            yield
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0

@@ -62,13 +62,14 @@ def real_kafka(tmp_path: Path) -> Kafka:
     return Kafka(tmp_path / "kafka", runtime)
 
 
-def test_etcd_keeps_what_it_acknowledged_over_a_kill(tmp_path: Path) -> None:
+def test_etcd_keeps_what_it_acknowledged_over_a_kill_and_a_move_to_other_ports(tmp_path: Path) -> None:
     etcd = Etcd(tmp_path / "etcd")
     with running(etcd) as process:
         ask_etcd(etcd, "put", {"key": A, "value": B})
         process.kill()
-    with running(etcd):
-        assert ask_etcd(etcd, "range", {"key": A})["kvs"][0]["value"] == B
+    moved = Etcd(etcd.folder)
+    with running(moved):
+        assert ask_etcd(moved, "range", {"key": A})["kvs"][0]["value"] == B
 
 
 async def test_postgres_keeps_what_it_committed_over_a_kill(tmp_path: Path) -> None:
@@ -103,14 +104,15 @@ def test_postgres_does_not_take_a_half_made_cluster_for_a_whole_one(tmp_path: Pa
         assert process.alive()
 
 
-def test_kafka_keeps_messages_over_a_kill(real_kafka: Kafka) -> None:
+def test_kafka_keeps_messages_over_a_kill_and_a_move_to_other_ports(real_kafka: Kafka) -> None:
     with running(real_kafka) as process:
         admin = AdminClient({"bootstrap.servers": real_kafka.address})
         admin.create_topics([NewTopic("facts", 1)])["facts"].result(20)
         produce(real_kafka.address, "facts", "kept")
         process.kill()
-    with running(real_kafka):
-        assert first_message(real_kafka.address, "facts") == "kept"
+    moved = Kafka(real_kafka.folder, real_kafka.runtime)
+    with running(moved):
+        assert first_message(moved.address, "facts") == "kept"
 
 
 def test_mock_kafka_has_the_same_address_after_a_restart(tmp_path: Path) -> None:
