@@ -6,9 +6,10 @@ from typing import Any
 from uuid import UUID
 
 from numpy.typing import ArrayLike
+from pydantic import TypeAdapter, ValidationError
 
 from lepton import tensors
-from lepton.errors import DeadlineExceeded, NotFound, RolloutFailed
+from lepton.errors import DeadlineExceeded, Invalid, NotFound, RolloutFailed
 from lepton.flow import (
     Ask,
     Flow,
@@ -32,6 +33,7 @@ from lepton.models import (
     Key,
     Model,
     ModelMetadata,
+    Name,
     NewKey,
     NewRollout,
     NewTenant,
@@ -138,6 +140,7 @@ def push(
     Raises Invalid when the model cannot be exported or served, RolloutFailed when no worker can load it,
     DeadlineExceeded.
     """
+    _check_name(name)
     from lepton import export  # onnx, and what the model was made with, are loaded only by who pushes.
 
     source = yield from work(lambda: export.to_onnx(model, example=example, classes=classes))
@@ -247,6 +250,15 @@ def _automatic(pushed: Version, timeout: float) -> Flow[Rollout]:
         f"{pushed.model} version {pushed.version} is registered, but its rollout did not start in {timeout:g} s.",
         hint="`lepton status` shows whether rollout and Kafka run; the rollout starts when they do.",
     )
+
+
+def _check_name(model: str) -> None:
+    """Before a long upload: raises Invalid for a name that the platform would refuse after it."""
+    try:
+        TypeAdapter(Name).validate_python(model)
+    except ValidationError as error:
+        hint = "A name is 1 to 63 lower-case letters, digits or hyphens, with no hyphen at its ends."
+        raise Invalid(f"{model!r} cannot be a model's name.", hint=hint) from error
 
 
 def _serves(pushed: Version) -> Flow[bool]:
