@@ -133,7 +133,9 @@ class Kafka:
         if (self._data / "meta.properties").exists():
             return
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        command = [*self._java(), "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(config), "-g"]
+        # With "=", because one id in 64 begins with a dash.
+        options = [f"--cluster-id={cluster}", "-c", str(config), "-g"]
+        command = [*self._java(), "kafka.tools.StorageTool", "format", *options]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise StartFailed(f"{self.name}: the data folder cannot be formatted\n{done.stdout}{done.stderr}")
