@@ -221,6 +221,11 @@ def _same_or_all(reasons: dict[str, str]) -> str:
 # --- a rollout's steps ------------------------------------------------------------------------------------------------
 
 
+def told(rollout: Rollout, at: datetime) -> Rollout:
+    """The workers hear of it only now, as when etcd was away: their time to load the version begins here."""
+    return replace(rollout, load_by=at + (rollout.load_by - rollout.started_at))
+
+
 def shifting(rollout: Rollout, reason: str) -> Rollout:
     """The workers have the version: its traffic may move."""
     return replace(rollout, state=State.SHIFTING, reason=reason)

@@ -22,6 +22,7 @@ from lepton_rollout.domain import (
     judge_loading,
     promoted,
     shifting,
+    told,
     warmed,
 )
 from lepton_rollout.serving import ServingTable
@@ -98,8 +99,10 @@ class Runner:
             return failing(rollout, error.message)
 
     async def _load(self, rollout: Rollout) -> Rollout:
-        await self._table.record(rollout.model, lambda serving: warmed(serving, rollout.assigned))
-        late = self._now() > rollout.load_by
+        before, now = await self._table.get(rollout.model), self._now()
+        if await self._table.record(rollout.model, lambda serving: warmed(serving, rollout.assigned)) != before:
+            rollout = told(rollout, now)
+        late = now > rollout.load_by
         verdict, reason = judge_loading(rollout.model, rollout.assigned, self._workers.states(), late=late)
         if verdict is Loading.WAIT:
             return rollout

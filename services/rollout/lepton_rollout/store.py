@@ -137,13 +137,15 @@ async def save_rollout(tx: Tx, before: Rollout, after: Rollout, holder: UUID) ->
     """The rollout is as in `after`. Raises Conflict when it is not the holder's any more, or not as in `before`."""
     result = await tx.execute(
         """
-        UPDATE rollouts SET state = :state, reason = :reason, previous = :previous, finished_at = :finished_at
+        UPDATE rollouts SET state = :state, reason = :reason, load_by = :load_by, previous = :previous,
+            finished_at = :finished_at
         WHERE id = :id AND holder = :holder AND state = :before AND finished_at IS NULL
         """,
         {
             "id": after.id,
             "state": after.state,
             "reason": after.reason,
+            "load_by": after.load_by,
             "previous": after.previous,
             "finished_at": after.finished_at,
             "holder": holder,

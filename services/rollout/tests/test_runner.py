@@ -114,6 +114,20 @@ async def test_a_refusal_by_the_mesh_fails_the_rollout_and_leaves_the_record_as_
     assert (served.stable, served.split, served.versions) == (before.stable, before.split, before.versions)
 
 
+async def test_workers_have_their_time_from_when_they_are_told(
+    db: Database, table: ServingTable, workers: KnownWorkers, model: ModelRef
+) -> None:
+    rollout, ready = await started(db, model, 1), workers.known
+    workers.known = ()
+    # etcd was away for longer than the rollout's time.
+    back_at = NOW + timedelta(hours=1)
+    await runner(db, table, workers, back_at).look()
+    assert (await found(db, model, rollout)).state is State.LOADING
+    workers.known = ready
+    await runner(db, table, workers, back_at + timedelta(seconds=59)).look()
+    assert (await found(db, model, rollout)).state is State.PROMOTED
+
+
 async def test_a_mesh_that_is_away_is_waited_for_and_the_record_does_not_run_ahead_of_it(
     db: Database, table: ServingTable, workers: KnownWorkers, mesh: ScriptedMesh, model: ModelRef
 ) -> None:
