@@ -18,7 +18,7 @@ Hot = dict[str, list[tuple[str, float]]]
 def sampled(pids: dict[str, int]) -> Iterator[Hot]:
     """While the block runs, each named process is sampled; afterwards the dict has its busiest functions.
 
-    A function's figure is the share (0 to 1) of the samples in which it was on top of the stack and held the interpreter.
+    A function's figure is the share (0 to 1) of the samples in which it held the interpreter, on top of the stack.
     """
     found: Hot = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -58,9 +58,7 @@ class Report:
         console.print(f"\n{self.machine}; 64 floats of JSON, 32 connections, load by {self.generator}")
         mlserver = max(each.requests_per_s for each in self.results if each.name.startswith("MLServer"))
         triton = max(each.requests_per_s for each in self.results if "Triton" in each.name)
-        table = Table(
-            "", "req/s", "p50 ms", "p99 ms", "CPU µs/req", "1 caller p50 ms", "/ MLServer", "/ Triton", "errors"
-        )
+        table = Table("", "req/s", "p50 ms", "p99 ms", "CPU µs/req", "1 caller p50", "/ MLServer", "/ Triton", "errors")
         for column in table.columns[1:]:
             column.justify = "right"
         rate, p50 = f"{self.loop_per_s:,.0f}", f"{self.loop_p50_ms:.3f}"

@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,7 +30,8 @@ CONNECTIONS = 32
 SMALL = (64, 128, 128, 10)
 LARGE = (256, 1024, 1024, 1024, 64)
 
-console = Console()
+# Wide enough for the table when the output is not a terminal.
+console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
 @dataclass
@@ -84,7 +86,7 @@ def lepton_candidates(platform: Platform) -> list[Candidate]:
             lambda: {"gateway": platform.direct, "worker": worker},
         ),
         Candidate("Lepton: gateway → Envoy → worker", platform.infer_url("gateway"), lambda: full),
-        Candidate("Lepton: Envoy → gateway → Envoy → worker", platform.infer_url("front"), lambda: full),
+        Candidate("Lepton: front Envoy and all that", platform.infer_url("front"), lambda: full),
     ]
 
 
