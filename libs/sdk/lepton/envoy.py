@@ -110,7 +110,7 @@ class Envoy:
 def _front() -> dict[str, Any]:
     """The front door's connection manager: `/v2` to the gateway, `/v1` to registry and rollout."""
     routes = [
-        _route("/v2", "gateway"),
+        _route("/v2", "gateway", repeatable=True),
         _route("/v1/rollouts", "rollout"),
         _route("/v1/serving", "rollout"),
         _route("/v1", "registry"),
@@ -191,12 +191,15 @@ def _listener(name: str, port: int, buffer_bytes: int, manager: dict[str, Any]) 
     }
 
 
-def _route(path: str, cluster: str) -> dict[str, Any]:
-    """Everything under `path` to a service. A service that is just being restarted is waited for, some 3 s: only
-    what never reached it is sent again, so nothing is ever done twice."""
+def _route(path: str, cluster: str, *, repeatable: bool = False) -> dict[str, Any]:
+    """Everything under `path` to a service. One that is just being restarted is waited for, some 5 s.
+
+    Only what never reached it is sent again, so nothing is done twice; with `repeatable`, for which that does no harm,
+    also what it had when it died.
+    """
     retries = {
-        "retry_on": "connect-failure,refused-stream,reset-before-request",
-        "num_retries": 8,
+        "retry_on": f"connect-failure,refused-stream,{'reset' if repeatable else 'reset-before-request'}",
+        "num_retries": 12,
         "retry_back_off": {"base_interval": "0.1s", "max_interval": "1s"},
     }
     return {
