@@ -52,7 +52,7 @@ class Platform:
         """A plain HTTP client; the operator's, unless another key, or None for no key, is given."""
         secret = self.key if key == "" else key
         headers = {"authorization": f"Bearer {secret}"} if secret else {}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False, verify=False)
 
     def serve(self, name: str, model: Any) -> str:
         """The model takes all traffic of `name`, which is returned."""
@@ -63,8 +63,8 @@ class Platform:
     # --- parts ---
 
     def pids(self) -> dict[str, int]:
-        """The pid of every part that runs now."""
-        return {name: identity.pid for name, identity in self.home.leftovers().items()}
+        """The pid of every part that is ready."""
+        return {part.name: part.pid for part in self.home.parts() if part.pid and part.is_ready}
 
     def process(self, part: str) -> psutil.Process:
         record = self.home.part(part)
@@ -103,7 +103,9 @@ class Platform:
         """Nobody restarts parts any more; those that run go on."""
         pid = self.home.supervisor_pid()
         assert pid is not None, "no supervisor runs"
-        end(psutil.Process(pid), signal.SIGKILL)
+        supervisor = psutil.Process(pid)
+        supervisor.kill()
+        supervisor.wait(10)
 
     def wait_ready(self, timeout_s: float = _START_S) -> None:
         """Every part answers, and so do inference and the API through the front door."""

@@ -1,0 +1,166 @@
+"""Lepton's own processes, killed, frozen and restarted under load: callers do not notice, what was accepted is done."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from lepton.processes import http_get
+
+from .faults import (
+    CALLERS,
+    SETTINGS,
+    answering_version,
+    ended,
+    load_on,
+    push_versions,
+    start_rollout,
+    swap,
+    wait_for_workers,
+)
+from .local_platform import Platform, running_platform, until
+
+LEPTON = Path(sys.executable).with_name("lepton")
+MODEL = "checked"
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """A platform that these tests break; each leaves it ready. Versions 1 and 2 of MODEL are known."""
+    with running_platform(tmp_path_factory.mktemp("victim"), settings=SETTINGS) as victim:
+        push_versions(victim, MODEL, 1, 2)
+        yield victim
+
+
+@pytest.fixture
+def http(victim: Platform) -> Iterator[httpx.Client]:
+    with victim.http() as http:
+        yield http
+
+
+# --- workers ----------------------------------------------------------------------------------------------------------
+
+
+def test_killed_workers_fail_no_request(victim: Platform) -> None:
+    with load_on(victim, MODEL) as load:
+        for worker in ("worker-1", "worker-2"):
+            load.wait_for(100)
+            victim.kill(worker)
+            load.wait_for(300)
+            victim.wait_ready()
+            wait_for_workers(victim, 2)
+        load.wait_for(100)
+    assert not load.failures, load.report()
+
+
+def test_workers_restarted_one_after_the_other_fail_no_request(victim: Platform) -> None:
+    with load_on(victim, MODEL) as load:
+        for worker in ("worker-1", "worker-2"):
+            load.wait_for(100)
+            victim.restart(worker)
+            wait_for_workers(victim, 2)
+        load.wait_for(100)
+    assert not load.failures, load.report()
+
+
+def test_a_frozen_worker_delays_its_own_requests_only_and_is_used_again_when_it_thaws(victim: Platform) -> None:
+    wait_for_workers(victim, 2)
+    with load_on(victim, MODEL, timeout_ms=2000) as load:
+        load.wait_for(100)
+        with victim.frozen("worker-1"):
+            wait_for_workers(victim, 1)
+            # What was on its way to the frozen worker ends at its deadline; then nobody is sent there any more.
+            load.wait_for(100)
+            stuck = load.failures
+            load.wait_for(300)
+            assert load.failures == stuck, load.report()
+        wait_for_workers(victim, 2)
+        before = _runs(victim, "worker-1")
+        until(lambda: _runs(victim, "worker-1") > before)
+        assert load.failures == stuck, load.report()
+    assert {answer.status for answer in stuck} <= {504}, load.report()
+
+
+def _runs(victim: Platform, worker: str) -> int:
+    _, text = http_get(victim.layout.ports[worker], "/v2/models/stats")
+    return sum(each["execution_count"] for each in httpx.Response(200, content=text).json()["model_stats"])
+
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_hundred_hot_swaps_fail_no_request_and_each_one_holds(victim: Platform, http: httpx.Client) -> None:
+    with load_on(victim, MODEL) as load:
+        for _ in range(100):
+            version = swap(http, MODEL)
+            assert answering_version(http, MODEL) == str(version)
+        load.wait_for(100)
+    assert not load.failures, load.report()
+    assert set(load.versions) == {"1", "2"}
+
+
+def test_a_rollout_that_was_accepted_goes_on_when_rollout_is_killed(victim: Platform, http: httpx.Client) -> None:
+    with load_on(victim, MODEL) as load:
+        for _ in range(2):
+            version = 3 - int(answering_version(http, MODEL))
+            accepted = start_rollout(http, MODEL, version)
+            victim.kill("rollout")
+            rollout = ended(http, accepted)
+            assert rollout["state"] == "promoted", rollout
+            assert answering_version(http, MODEL) == str(version)
+    assert not load.failures, load.report()
+
+
+# --- every part -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["rollout", "registry", "postgres", "kafka", "etcd"])
+def test_a_killed_part_fails_no_request_and_serves_again(victim: Platform, http: httpx.Client, part: str) -> None:
+    with load_on(victim, MODEL) as load:
+        load.wait_for(100)
+        victim.kill(part)
+        load.wait_for(200)
+        victim.wait_ready()
+        load.wait_for_version(swap(http, MODEL))
+    assert not load.failures, load.report()
+
+
+def test_a_killed_gateway_fails_at_most_what_it_held_and_serves_again(victim: Platform) -> None:
+    with load_on(victim, MODEL) as load:
+        load.wait_for(100)
+        victim.kill("gateway")
+        load.wait_for(200)
+        victim.wait_ready()
+        held = load.failures
+        load.wait_for(200)
+    assert len(held) <= CALLERS, load.report()
+    assert load.failures == held, load.report()
+
+
+def test_a_killed_mesh_fails_no_request_that_the_gateway_has(victim: Platform) -> None:
+    with load_on(victim, MODEL, port=victim.layout.ports["gateway"]) as load:
+        for _ in range(2):
+            load.wait_for(100)
+            victim.kill("envoy")
+            load.wait_for(200)
+            victim.wait_ready()
+    assert not load.failures, load.report()
+
+
+def test_a_killed_supervisor_is_followed_by_one_that_takes_over_every_part(victim: Platform) -> None:
+    with load_on(victim, MODEL) as load:
+        before = victim.pids()
+        victim.kill_supervisor()
+        load.wait_for(100)
+        up = [str(LEPTON), "up", "--detach", "--home", str(victim.home.folder)]
+        subprocess.run(up, env={**os.environ, **SETTINGS}, check=True, capture_output=True, timeout=60)
+        assert victim.pids() == before
+        victim.kill("worker-2")
+        victim.wait_ready()
+        wait_for_workers(victim, 2)
+        load.wait_for(100)
+    assert not load.failures, load.report()
+    assert victim.pids().keys() == before.keys()
