@@ -88,9 +88,9 @@ def digest(secret: str) -> str:
 def secret_of(authorization: bytes | None, api_key: bytes | None) -> str | None:
     """The secret in the values of the headers `Authorization: Bearer lp_…` and `x-api-key: lp_…`; None without either.
 
-    Authorization counts when both are there. Raises Unauthenticated when it has another scheme.
+    Authorization counts when both are there, unless it is empty. Raises Unauthenticated when it has another scheme.
     """
-    if authorization is None:
+    if not authorization:
         return None if api_key is None else api_key.strip().decode("latin-1")
     scheme, _, secret = authorization.strip().partition(b" ")
     if scheme.lower() != b"bearer":

@@ -12,14 +12,14 @@ from uuid import uuid4
 import structlog
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from lepton.models import Problem, WrongInput
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as ASGIScope
 
-from lepton_common.auth import Caller, Keys
+from lepton_common.auth import Caller, Keys, secret_of
 from lepton_common.errors import LeptonError, Unauthenticated, Unavailable, status_of
 from lepton_common.health import Readiness
 from lepton_common.records import Scope
@@ -29,10 +29,12 @@ from lepton_common.telemetry import METRICS_CONTENT_TYPE
 PROBLEM = "application/problem+json"
 MAX_BODY_BYTES = 1024 * 1024
 
+_TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES} bytes"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _OPERATIONAL = ("/health/", "/metrics")
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
+# Only tells the API's documentation how keys are sent; `auth.secret_of` is what reads them.
 _bearer = HTTPBearer(auto_error=False, description="A key as `lp_…`; the header x-api-key is taken as well.")
 
 
@@ -74,10 +76,9 @@ def create_app(service: Service, keys: Keys, *, unlimited: Sequence[str] = ()) -
 def caller(scope: Scope) -> Any:
     """A dependency, `Annotated[Caller, caller(Scope.READ)]`: who calls. Without a key of that scope: 401 or 403."""
 
-    async def check(
-        request: Request, bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
-    ) -> Caller:
-        secret = bearer.credentials if bearer else request.headers.get("x-api-key")
+    async def check(request: Request, _: Annotated[object, Depends(_bearer)]) -> Caller:
+        headers = dict(request.scope["headers"])
+        secret = secret_of(headers.get(b"authorization"), headers.get(b"x-api-key"))
         if not secret:
             raise Unauthenticated("no key: send Authorization: Bearer lp_…")
         keys: Keys = request.app.state.keys
@@ -150,7 +151,7 @@ class Edge:
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if int(length) > MAX_BODY_BYTES:
             # The body is not read, so the connection cannot be used again.
-            await _too_large({"Connection": "close"})(scope, receive, send)
+            await problem(413, _TOO_LARGE, headers={"Connection": "close"})(scope, receive, send)
             return
         await self._app(_as_json(scope), _limited(receive), send)
 
@@ -169,14 +170,10 @@ def _limited(receive: Receive) -> Receive:
         message = await receive()
         received += len(message.get("body", b""))
         if received > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+            raise HTTPException(413, _TOO_LARGE)
         return message
 
     return limited
-
-
-def _too_large(headers: dict[str, str]) -> Response:
-    return problem(413, f"the body is larger than {MAX_BODY_BYTES} bytes", headers=headers)
 
 
 def _add_operational_routes(app: FastAPI, service: Service) -> None:

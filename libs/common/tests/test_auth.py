@@ -132,6 +132,7 @@ def test_a_new_secret_is_known_only_by_its_digest() -> None:
         (None, b" lp_b", "lp_b"),
         (b"Bearer lp_a", b"lp_b", "lp_a"),
         (b"Bearer", None, ""),
+        (b"", b"lp_b", "lp_b"),
         (b"Bearer \xff", None, "\xff"),
     ],
 )
@@ -141,7 +142,7 @@ def test_a_secret_is_read_from_either_header(
     assert secret_of(authorization, api_key) == secret
 
 
-@pytest.mark.parametrize("authorization", [b"", b"Basic bHA6eA==", b"lp_a"])
+@pytest.mark.parametrize("authorization", [b" ", b"Basic bHA6eA==", b"lp_a"])
 def test_another_scheme_is_refused_with_what_to_send(authorization: bytes) -> None:
     with pytest.raises(Unauthenticated, match="Authorization: Bearer lp_"):
         secret_of(authorization, b"lp_b")
