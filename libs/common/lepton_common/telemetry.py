@@ -31,6 +31,8 @@ from lepton_common.settings import Settings
 METRICS_CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 _QUEUED_LINES = 10_000
+# At info these write a line a request, or a page a consumer group, which nobody operates by.
+_TALKATIVE = ("aiokafka", "httpx")
 _CLOSE_S = 2.0
 
 
@@ -166,6 +168,8 @@ def _configure_logs(service: str, level: str, lines: LineWriter) -> _Handler:
     handler = _Handler(processors, lines)
     logging.getLogger().addHandler(handler)
     logging.getLogger().setLevel(threshold)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(max(threshold, logging.WARNING))
     return handler
 
 

@@ -61,6 +61,12 @@ def test_values_that_json_does_not_know_are_logged_as_their_repr(telemetry: Tele
     assert line["keys"] == {"1": "b'x'"}
 
 
+def test_libraries_that_tell_of_every_request_are_heard_from_warning_on(telemetry: Telemetry, out: io.BytesIO) -> None:
+    logging.getLogger("httpx").info("HTTP Request: GET /")
+    logging.getLogger("aiokafka.consumer.fetcher").warning("partition lost")
+    assert [line["event"] for line in lines_of(telemetry, out)] == ["partition lost"]
+
+
 def test_no_value_and_no_wrong_format_makes_logging_fail(telemetry: Telemetry, out: io.BytesIO) -> None:
     structlog.get_logger().info("odd", big=2**70, key="\udcff")
     # Not through a logger: pytest's own handler would raise.
