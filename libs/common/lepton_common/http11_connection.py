@@ -72,7 +72,7 @@ class Connection(asyncio.Protocol):
         self._headers: dict[bytes, bytes] = {}
         self._target = b""
         self._chunks: list[bytes] = []
-        self._size = 0  # bytes of header lines, then of body
+        self._size = 0  # bytes of target and headers, then of body
         self._stalled = 0  # bytes read since the message last got anywhere
         self._progress = False
         self._queue: deque[Request] = deque()
@@ -170,6 +170,9 @@ class Connection(asyncio.Protocol):
         self.deadline = self._server.now + self._server.limits.header_timeout_s
 
     def on_url(self, url: bytes) -> None:
+        self._size += len(url)
+        if self._size > self._server.limits.max_header_bytes:
+            raise _Refused(414, f"request target: more than {self._server.limits.max_header_bytes} bytes")
         self._target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:

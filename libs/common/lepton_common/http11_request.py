@@ -70,10 +70,6 @@ class Request:
     def query(self) -> str:
         return self.target.partition(b"?")[2].decode("ascii")
 
-    @property
-    def keep_alive(self) -> bool:
-        return self._head.keep_alive
-
     def respond(self, status: int, headers: bytes, body: Buffer | Sequence[Buffer] = b"") -> None:
         """Answer, once. `headers` is a block of lines each ended by CRLF, without framing and Date: they are added."""
         if self.answered:
