@@ -2,19 +2,15 @@
 
 import asyncio
 import signal
-import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import stamina
 import structlog
-import uvicorn
 import uvloop
 from prometheus_client import Counter
-from starlette.types import ASGIApp
 
 from lepton_common.bus import Bus
 from lepton_common.errors import Unavailable
@@ -24,17 +20,17 @@ from lepton_common.outbox import Relay
 from lepton_common.settings import Settings
 from lepton_common.telemetry import Telemetry
 
-if TYPE_CHECKING:  # Gateway and worker have no database and never load its client.
-    from lepton_common.db import Database, Tx
+if TYPE_CHECKING:  # Gateway and worker have no database and no app, and never load what those need.
+    from starlette.types import ASGIApp
 
-# Longer than any event is kept, so that a replay of a whole topic still finds what was handled.
-REMEMBER_HANDLED_DAYS = 35
-# Above the idle time-out of the proxies in front, so that they and not we close idle connections.
-KEEP_ALIVE_S = 75
+    from lepton_common.db import Database, Tx
 
 E = TypeVar("E", bound=Event)
 Work = Callable[[], Awaitable[object]]
 
+# Longer than any event is kept, so that a replay of a whole topic still finds what was handled.
+_REMEMBER_HANDLED_DAYS = 35
+_FORGET_EVERY_S = 3600.0
 _FIRST_BACKOFF_S = 0.1
 _LAST_BACKOFF_S = 10.0
 _HEALTHY_AFTER_S = 30.0
@@ -72,8 +68,7 @@ class Service:
         self.readiness = Readiness()
         self._db = db
         self._bus = bus
-        self._handlers: dict[type[Event], list[Callable[[Any], Awaitable[None]]]] = {}
-        self._decides: set[type[Event]] = set()
+        self._hears = False
         self._servers: list[Server] = []
         self._prepares: list[Work] = []
         self._background: list[Work] = []
@@ -88,9 +83,8 @@ class Service:
 
     def decide(self, kind: type[E], handler: "Callable[[E, Tx], Awaitable[None]]") -> None:
         """Each event of that kind takes effect once: `handler` and the note that it ran are one transaction."""
-        if self._db is None or kind in self._decides:
-            raise ValueError(f"{self.name} cannot decide {kind.__name__}: no database, or decided already")
-        self._decides.add(kind)
+        if self._db is None or self._bus is None:
+            raise ValueError(f"{self.name} cannot hear {kind.__name__}: it has no database or no bus")
         db, consumer = self._db, self.name
 
         async def handle(event: E) -> None:
@@ -98,11 +92,8 @@ class Service:
                 if await tx.first_time(consumer, event.id):
                     await handler(event, tx)
 
-        self._subscribe(kind, handle)
-
-    def act(self, kind: type[E], handler: Callable[[E], Awaitable[None]]) -> None:
-        """`handler` gets each event of that kind at least once. It must be harmless to repeat."""
-        self._subscribe(kind, handler)
+        self._bus.subscribe(kind, handle)
+        self._hears = True
 
     def prepare(self, work: Work) -> None:
         """`work` is done before the service is ready, in the order given, and again while it raises Unavailable."""
@@ -116,9 +107,11 @@ class Service:
         """`work` runs from the start, beside `prepare`. When it fails it is started again, after a growing pause."""
         self._background.append(work)
 
-    def web(self, app: ASGIApp) -> None:
+    def web(self, app: "ASGIApp") -> None:
         """The app is served on uvicorn. It must answer 503 until `readiness.started` (`web.create_app` sees to it)."""
-        self._servers.append(_Uvicorn(app))
+        from lepton_common.app_server import AppServer  # Gateway and worker never load uvicorn.
+
+        self._servers.append(AppServer(app))
 
     def serve(self, server: Server) -> None:
         """The server is started first of all, so that the service is live at once, and drained first of all."""
@@ -145,21 +138,9 @@ class Service:
             self.readiness.draining = True
             stopping.cancel()
             await self._close(working)
-        if not working.cancelled() and (error := working.exception()):
+        # What does not end although it was cancelled is left behind: the process ends anyway.
+        if working.done() and not working.cancelled() and (error := working.exception()):
             raise error
-
-    def _subscribe(self, kind: type[E], handler: Callable[[E], Awaitable[None]]) -> None:
-        if self._bus is None:
-            raise ValueError(f"{self.name} cannot hear {kind.__name__}: it has no bus")
-        handlers = self._handlers.setdefault(kind, [])
-        if not handlers:
-            self._bus.subscribe(kind, lambda event: self._handle(event))
-        handlers.append(handler)
-
-    async def _handle(self, event: Event) -> None:
-        # A later handler's failure brings the event again to the earlier ones, to whom a repeat is harmless.
-        for handler in self._handlers[type(event)]:
-            await handler(event)
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -170,10 +151,9 @@ class Service:
             if self._db and self._bus:
                 relay = Relay(self._db, self._bus, self.name, self.telemetry.registry)
                 group.create_task(self._keep_going(relay.run))
-            if self._bus and self._handlers:
+            if self._bus and self._hears:
                 group.create_task(self._keep_going(self._bus.run))
-            if self._decides:
-                group.create_task(self._repeat(3600, self._forget_handled))
+                group.create_task(self._repeat(_FORGET_EVERY_S, self._forget_handled))
             for seconds, work in self._periodic:
                 group.create_task(self._repeat(seconds, work))
             self.readiness.started = True
@@ -224,7 +204,7 @@ class Service:
         assert self._db is not None
         async with self._db.transaction() as tx:
             await tx.execute(
-                "DELETE FROM handled WHERE at < now() - make_interval(days => :days)", {"days": REMEMBER_HANDLED_DAYS}
+                "DELETE FROM handled WHERE at < now() - make_interval(days => :days)", {"days": _REMEMBER_HANDLED_DAYS}
             )
 
     async def _close(self, working: asyncio.Task[None]) -> None:
@@ -264,46 +244,6 @@ def run(service: Service) -> None:
         raise SystemExit(1) from None
     finally:
         service.telemetry.close()
-
-
-class _Uvicorn(uvicorn.Server):
-    """uvicorn inside our loop: the port is bound before it starts, and signals are ours."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        config = uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-        )
-        super().__init__(config)
-        self._socket: socket.socket | None = None
-        self._serving: asyncio.Task[None] | None = None
-
-    @property
-    def address(self) -> tuple[str, int]:
-        assert self._socket is not None, "not started"
-        host, port, *_ = self._socket.getsockname()
-        return host, port
-
-    async def start(self, host: str, port: int) -> None:
-        self._socket = socket.create_server((host, port), backlog=2048)
-        self._serving = asyncio.create_task(self.serve(sockets=[self._socket]))
-
-    async def drain(self, grace_s: float) -> None:
-        if self._serving is not None:
-            self.config.timeout_graceful_shutdown = int(grace_s)
-            self.should_exit = True
-            await self._serving
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def _name(work: Work) -> str:
