@@ -72,7 +72,8 @@ class Blobs:
                 )
             if self._folder:
                 stored = self._folder / _key(sha256)
-                await asyncio.to_thread(_sync, stored, stored.parent, self._folder)
+                with _disk_errors():
+                    await asyncio.to_thread(_sync, stored, stored.parent, self._folder)
             return file.tell()
 
     async def fetch(self, sha256: str, path: Path) -> int:
@@ -112,11 +113,6 @@ class Blobs:
                 raise NotFound(f"artifact {sha256} is not stored") from None
             async for chunk in _verified(aiter(found.stream(min_chunk_size=_CHUNK_BYTES)), sha256, Corrupt):
                 yield chunk
-
-    async def delete(self, sha256: str) -> None:
-        """The artifact is not stored, whether it was or not."""
-        with _store_errors(), contextlib.suppress(FileNotFoundError):
-            await obstore.delete_async(self._store, _key(sha256))
 
     async def is_intact(self, sha256: str) -> bool:
         """Whether the artifact is stored and its bytes are right. Reads all of them."""

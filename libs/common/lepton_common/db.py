@@ -24,9 +24,10 @@ from lepton_common.events import Event
 from lepton_common.types import checked_name
 
 # A statement that runs longer is a mistake; a transaction that idles longer holds locks others wait for.
-STATEMENT_TIMEOUT_S = 30
-IDLE_IN_TRANSACTION_TIMEOUT_S = 60
-CONNECT_TIMEOUT_S = 5
+_STATEMENT_TIMEOUT_S = 30
+_IDLE_IN_TRANSACTION_TIMEOUT_S = 60
+_CONNECT_TIMEOUT_S = 5
+_POOL_SIZE = 10
 
 # SQLSTATE classes and codes after which the same transaction may succeed: connection lost, rolled back for
 # another's sake (deadlock, serialization), out of resources, server shutting down, lock or idle time-out.
@@ -79,18 +80,18 @@ class Tx:
 class Database:
     """A pool of connections whose search path is one schema. Makes no connection before the first transaction."""
 
-    def __init__(self, dsn: str, schema: str, *, pool_size: int = 10) -> None:
+    def __init__(self, dsn: str, schema: str) -> None:
         self.schema = checked_name("schema", schema)
         self.outbox_channel = f"{schema}_outbox"  # NOTIFY on it wakes the relay
         self.url = dsn.replace("postgresql://", "postgresql+asyncpg://", 1)
         self.engine = create_async_engine(
             self.url,
-            pool_size=pool_size,
+            pool_size=_POOL_SIZE,
             max_overflow=0,
-            pool_timeout=CONNECT_TIMEOUT_S,
+            pool_timeout=_CONNECT_TIMEOUT_S,
             # After a restart of PostgreSQL the first checkout finds the dead connections and replaces them all.
             pool_pre_ping=True,
-            connect_args=_connect_args(schema, STATEMENT_TIMEOUT_S),
+            connect_args=_connect_args(schema, _STATEMENT_TIMEOUT_S),
         )
 
     @asynccontextmanager
@@ -199,14 +200,14 @@ _SHARED_TABLES = (
 
 def _connect_args(schema: str, statement_timeout_s: int | None) -> dict[str, Any]:
     return {
-        "timeout": CONNECT_TIMEOUT_S,
+        "timeout": _CONNECT_TIMEOUT_S,
         # The client's own limit catches a server that no longer answers at all.
         "command_timeout": statement_timeout_s and statement_timeout_s + 5,
         "server_settings": {
             "application_name": f"lepton-{schema}",
             "search_path": f'"{schema}"',
             "statement_timeout": f"{statement_timeout_s or 0}s",
-            "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_TIMEOUT_S}s",
+            "idle_in_transaction_session_timeout": f"{_IDLE_IN_TRANSACTION_TIMEOUT_S}s",
             # A client whose machine is gone loses its locks, the relay's among them, in a minute and not in two hours.
             "tcp_keepalives_idle": "30",
             "tcp_keepalives_interval": "10",

@@ -105,18 +105,19 @@ class EtcdClient:
         With `fence`, the key that its writer holds under a lease, only if that key still lives the same life: a holder
         that was frozen and has lost it cannot write over its successor's work.
         """
-        operation = rpc.RequestOp(request_put=_put(key, value, lease))
-        return await self._commit(key, mod_revision, fence, operation)
+        compare = [_equal(key, rpc.Compare.MOD, mod_revision=mod_revision)]
+        if fence:
+            compare.append(_equal(fence.key, rpc.Compare.CREATE, create_revision=fence.create_revision))
+        request = rpc.TxnRequest(compare=compare, success=[rpc.RequestOp(request_put=_put(key, value, lease))])
+        answer = await self._cluster.call(lambda to: to.txn, request)
+        if not answer.succeeded:
+            raise Conflict("changed by someone else meanwhile: read it again")
+        return int(answer.header.revision)
 
     async def delete(self, key: str) -> bool:
         """The key does not exist; True when it did."""
         answer = await self._cluster.call(lambda to: to.delete, rpc.DeleteRangeRequest(key=key.encode()))
         return bool(answer.deleted)
-
-    async def delete_if_unchanged(self, key: str, mod_revision: int, *, fence: Versioned | None = None) -> None:
-        """As `delete`, only if the key is still at `mod_revision` and the fence stands (`put_if_unchanged`)."""
-        operation = rpc.RequestOp(request_delete_range=rpc.DeleteRangeRequest(key=key.encode()))
-        await self._commit(key, mod_revision, fence, operation)
 
     def lease(self, ttl_s: int = 10) -> "Lease":
         """A lease for `async with`; see Lease."""
@@ -182,15 +183,6 @@ class EtcdClient:
     async def close(self) -> None:
         """Every connection is closed; calls still running are cancelled."""
         await self._cluster.close()
-
-    async def _commit(self, key: str, mod_revision: int, fence: Versioned | None, operation: Any) -> int:
-        compare = [_equal(key, rpc.Compare.MOD, mod_revision=mod_revision)]
-        if fence:
-            compare.append(_equal(fence.key, rpc.Compare.CREATE, create_revision=fence.create_revision))
-        answer = await self._cluster.call(lambda to: to.txn, rpc.TxnRequest(compare=compare, success=[operation]))
-        if not answer.succeeded:
-            raise Conflict("changed by someone else meanwhile: read it again")
-        return int(answer.header.revision)
 
 
 class Lease:

@@ -25,8 +25,8 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger()
 class Mirror(Generic[T]):
     """One prefix. `items` maps each key, without the prefix, to its decoded value.
 
-    `items` only ever changes by whole revisions, between two awaits. A value that `decode` refuses leaves the last good
-    one in place and its key in `rejected`, so one bad record harms nothing else.
+    `items` only ever changes by whole revisions, between two awaits. A value that `decode` refuses is logged and leaves
+    the last good one in place, so one bad record harms nothing else.
     """
 
     def __init__(
@@ -48,7 +48,6 @@ class Mirror(Generic[T]):
         self._heard_at = -math.inf
         self._synced = asyncio.Event()
         self.items: Mapping[str, T] = MappingProxyType(self._items)
-        self.rejected: dict[str, str] = {}
 
     async def synced(self) -> None:
         """Returns once `items` has held the whole prefix; from then on it is the last known state."""
@@ -112,17 +111,14 @@ class Mirror(Generic[T]):
         name = key.removeprefix(self._prefix)
         if value is None:
             self._items.pop(name, None)
-            self.rejected.pop(name, None)
             self._on_change(name, None)
             self._seen.pop(key, None)
             return
         try:
             decoded = self._decode(value.value)
         except (ValueError, LeptonError) as error:
-            self.rejected[name] = str(error)
             _log.error("a record in etcd is not readable", key=key, reason=str(error)[:500])
         else:
             self._items[name] = decoded
-            self.rejected.pop(name, None)
             self._on_change(name, decoded)
         self._seen[key] = value
