@@ -9,11 +9,15 @@ from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 
+import httpx
+import numpy as np
 import pytest
 from lepton import Client
+from tritonclient.http import InferenceServerClient
 
 from . import onnx_models
 from .local_platform import Platform, running_platform, until
+from .oip_requests import GOOD, ROW, infer
 
 # A model that hangs while it loads is given up after so long. Sound ones take a second or two.
 LOAD_TIMEOUT_S = 15
@@ -70,6 +74,38 @@ def make_key(platform: Platform) -> Iterator[Callable[..., str]]:
             return secret
 
         yield make
+
+
+@pytest.fixture(scope="session")
+def http(platform: Platform) -> Iterator[httpx.Client]:
+    """A caller without a key: on this machine that is tenant `default`, which may infer."""
+    with platform.http(None) as http:
+        yield http
+
+
+@pytest.fixture
+def serves_on(http: httpx.Client, mlp: str, platform: Platform) -> Iterator[None]:
+    """When the test is over the same processes serve, and serve the right answer."""
+    before = platform.pids()
+    yield
+    answer = infer(http, mlp, GOOD)
+    assert answer.status_code == 200, answer.text
+    expected = onnx_models.mlp_scores(np.array([ROW], np.float32)).ravel()
+    np.testing.assert_allclose(answer.json()["outputs"][0]["data"], expected, rtol=1e-4)
+    assert platform.pids() == before
+
+
+@pytest.fixture
+def triton(platform: Platform) -> Iterator[InferenceServerClient]:
+    """tritonclient without a key."""
+    with InferenceServerClient(platform.address) as client:
+        yield client
+
+
+@pytest.fixture
+def operator(platform: Platform) -> dict[str, str]:
+    """Headers with a key that may do everything."""
+    return {"Authorization": f"Bearer {platform.key}"}
 
 
 # --- models, each pushed when the first test asks for it --------------------------------------------------------------

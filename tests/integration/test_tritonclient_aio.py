@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 from .local_platform import Platform
 from .onnx_models import DATATYPES, WITH_BF16, WITHOUT_BF16, mlp_scores
 from .onnx_models import mlp as mlp_model
-from .tensors import edges, every_input, tensor
+from .triton import edges, every_input, tensor
 
 X = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
 
@@ -26,12 +26,6 @@ X = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
 async def triton(platform: Platform) -> AsyncIterator[InferenceServerClient]:
     async with InferenceServerClient(platform.address) as client:
         yield client
-
-
-@pytest.fixture
-def operator(platform: Platform) -> dict[str, str]:
-    """Headers with a key that may do everything."""
-    return {"Authorization": f"Bearer {platform.key}"}
 
 
 async def test_server_and_model_are_ready(triton: InferenceServerClient, mlp: str) -> None:

@@ -1,11 +1,12 @@
-"""numpy arrays as tritonclient's inputs, and values that test a datatype at its edges."""
+"""tritonclient's inputs from numpy arrays, values at the edges of each datatype, and the errors it raises."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import pytest
 from tritonclient.http import InferInput
-from tritonclient.utils import np_to_triton_dtype
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from .onnx_models import DATATYPES, Array
 
@@ -42,3 +43,15 @@ def every_input(datatypes: Iterable[str], given: dict[str, Array], *, binary: bo
 
 def _zeros(datatype: str, rows: int) -> Array:
     return np.full((rows, 2), b"" if datatype == "BYTES" else 0, DATATYPES[datatype][1])
+
+
+def refusal(status: int, call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """The message with which the call failed. tritonclient raises TypeError for one that is not a string."""
+    with pytest.raises(InferenceServerException) as raised:
+        call(*arguments, **options)
+    assert raised.value.status() == str(status), str(raised.value)
+    message = str(raised.value.message())
+    assert message in str(raised.value)
+    assert message
+    assert "exception occurred in the client" not in message
+    return message
