@@ -93,7 +93,7 @@ class Commands:
     async def roll_back(self, model: ModelRef, actor: str) -> Rollout:
         """A rollout brings all traffic back to the previous version, which is warm.
 
-        A rollout that is still loading gives way. Raises Conflict when there is no previous version.
+        A rollout that is still loading gives way. Raises NotFound, and Conflict when there is no previous version.
         """
         returned(await self._table.get(model))  # Nothing gives way to a rollback that cannot be.
         await self._supersede(model, f"superseded by a rollback ({actor})")

@@ -114,7 +114,9 @@ def withdrawn(serving: Serving) -> Serving:
 
 
 def returned(serving: Serving) -> int:
-    """The version a rollback goes to. Raises Conflict when there is none."""
+    """The version a rollback goes to. Raises NotFound for a model never served, Conflict without a previous one."""
+    if serving.generation == 0:
+        raise NotFound(f"model {serving.model!r} is not served")
     if serving.previous is None:
         raise Conflict(f"model {serving.model!r} has no previous version to go back to")
     return serving.previous

@@ -85,6 +85,8 @@ def test_a_rollback_swaps_stable_and_previous_and_lets_nothing_go() -> None:
 def test_there_is_no_way_back_from_the_first_version() -> None:
     with pytest.raises(Conflict, match="no previous version"):
         returned(deployed(1))
+    with pytest.raises(NotFound, match="not served"):
+        returned(unserved(MODEL))
 
 
 def test_a_version_that_no_pool_holds_is_not_promoted() -> None:
