@@ -15,38 +15,15 @@ requests that may be repeated. HEAD is not sent; servers answer GET and leave th
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from math import inf
-from typing import cast
 
-import httptools
+from lepton_common.http11_call import Call, Failure, UpstreamError
+from lepton_common.http11_client_connection import AnswerHead, ClientConnection
 
-from lepton_common.errors import Unavailable
-from lepton_common.http11 import Buffer
+__all__ = ["Call", "Failure", "Upstream", "UpstreamError", "UpstreamLimits"]
 
 _SWEEP_S = 0.02  # the grain of deadlines
-_JOIN_BYTES = 16 << 10
 _MAX_HEADS = 1024
-
-
-class Failure(StrEnum):
-    CONNECT = "connect"  # no connection: refused, unreachable, or not in time
-    LOST = "lost"  # the connection ended before the answer did
-    TIMEOUT = "timeout"  # the deadline passed
-    FULL = "full"  # all connections are busy and too many requests wait
-    INVALID = "invalid"  # what came is not HTTP/1.1
-    TOO_LARGE = "too large"
-
-
-class UpstreamError(Unavailable):
-    """No answer. `began`: bytes of one had come, so the upstream did work on the request."""
-
-    def __init__(self, failure: Failure, message: str, *, began: bool = False) -> None:
-        super().__init__(message)
-        self.failure = failure
-        self.began = began
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,212 +38,15 @@ class UpstreamLimits:
     idle_s: float = 30.0
 
 
-class Call:
-    """One request on its way. `head` is the request line and headers, each ended by CRLF, without Content-Length."""
-
-    __slots__ = ("_connection", "_done", "_repeated", "body", "deadline", "head")
-
-    def __init__(self, head: bytes, body: Buffer | Sequence[Buffer], deadline: float = inf) -> None:
-        self.head = head
-        self.body = body
-        self.deadline = deadline  # loop time
-        self._connection: _Connection | None = None
-        self._repeated = False
-        self._done = False
-
-    def answered(self, status: int, headers: dict[bytes, bytes], body: bytes) -> None:
-        """The whole answer is there. Header names are lower-case; the dict is shared: never change it."""
-        raise NotImplementedError
-
-    def failed(self, error: UpstreamError) -> None:
-        raise NotImplementedError
-
-    def cancel(self) -> None:
-        """The answer is not wanted any more. The connection it would have come on is closed, so the server notices."""
-        self._done = True
-        if self._connection is not None:
-            self._connection.give_up()
-
-
-class _Head:
-    """An answer's first part, parsed; shared by all answers that start with the same bytes."""
-
-    __slots__ = ("headers", "keep_alive", "length", "status", "until_close")
-
-    def __init__(self, status: int, headers: dict[bytes, bytes], *, keep_alive: bool) -> None:
-        self.status = status
-        self.headers = headers
-        self.keep_alive = keep_alive
-        self.length = int(headers.get(b"content-length", b"-1"))
-        self.until_close = self.length < 0 and b"transfer-encoding" not in headers
-
-
-class _Connection(asyncio.Protocol):
-    """One connection: idle, or busy with exactly one call."""
-
-    __slots__ = (
-        "_chunks",
-        "_complete",
-        "_head",
-        "_headers",
-        "_parser",
-        "_pool",
-        "_size",
-        "_surplus",
-        "_transport",
-        "began",
-        "call",
-        "expires",
-        "used",
-    )
-
-    _transport: asyncio.Transport
-
-    def __init__(self, pool: "Upstream") -> None:
-        self._pool = pool
-        self._parser = httptools.HttpResponseParser(self)
-        self._headers: dict[bytes, bytes] = {}
-        self._head: _Head | None = None
-        self._chunks: list[bytes] = []
-        self._size = 0  # bytes of the head, then of the body
-        self._complete = False
-        self._surplus = False  # more came than was asked for
-        self.call: Call | None = None
-        self.began = False
-        self.used = False  # it has brought an answer before
-        self.expires = inf
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
-        self._pool.opened(self)
-
-    def start(self, call: Call) -> None:
-        self.call = call
-        self.began = self._complete = self._surplus = False
-        self._chunks = []
-        self._size = 0
-        call._connection = self
-        body = call.body
-        parts: Sequence[Buffer] = (body,) if isinstance(body, Buffer) else body
-        length = len(body) if isinstance(body, Buffer) else sum(map(len, parts))
-        head = b"%bcontent-length: %d\r\n\r\n" % (call.head, length)
-        if length < _JOIN_BYTES:
-            self._transport.write(b"".join((head, *parts)))
-        else:
-            self._transport.writelines((head, *parts))
-
-    def data_received(self, data: bytes) -> None:
-        if self.call is None:
-            self._pool.retire(self)  # Nobody asked.
-            return
-        if self.began:
-            self._parse(data)
-            return
-        self.began = True
-        cut = data.find(b"\r\n\r\n") + 4
-        head = self._pool.heads.get(data[:cut])
-        if head is not None and len(data) - cut == head.length:
-            self._finish(head, data[cut:])
-            return
-        self._head = None
-        self._parse(data)
-
-    def eof_received(self) -> None:
-        if self.call is None:
-            self._pool.retire(self)
-        elif self._head is not None and self._head.until_close:
-            self._finish(self._head, b"".join(self._chunks))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        del self._parser  # it refers back to this object
-        self._pool.lost(self)
-
-    def give_up(self) -> None:
-        self.call = None
-        self._transport.abort()
-
-    def fail(self, failure: Failure, message: str) -> None:
-        """End the call with an error and the connection with it."""
-        call, self.call = self.call, None
-        self._transport.abort()
-        if call is not None:
-            self._pool.fail(call, UpstreamError(failure, message, began=self.began))
-
-    def close(self) -> None:
-        self._transport.close()
-
-    # --- reading ---
-
-    def _parse(self, data: bytes) -> None:
-        limits = self._pool.limits
-        starts = self._head is None
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self.fail(Failure.INVALID, "the answer upgrades the protocol")
-            return
-        except httptools.HttpParserError as error:
-            self.fail(Failure.INVALID, f"the answer is not HTTP/1.1: {error}")
-            return
-        head = self._head
-        if head is None:
-            self._size += len(data)
-            if self._size > limits.max_header_bytes:
-                self.fail(Failure.TOO_LARGE, f"the answer's headers have more than {limits.max_header_bytes} bytes")
-        elif self._size > limits.max_response_bytes:
-            self.fail(Failure.TOO_LARGE, f"the answer has more than {limits.max_response_bytes} bytes")
-        elif self._complete:
-            if starts and not self._surplus:
-                self._pool.remember(data, head)
-            chunks = self._chunks
-            self._finish(head, chunks[0] if len(chunks) == 1 else b"".join(chunks))
-
-    def on_message_begin(self) -> None:
-        self._surplus = self._complete
-        self._headers = {}
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._head is None:
-            name = name.lower()
-            before = self._headers.get(name)
-            self._headers[name] = value if before is None else before + b", " + value
-
-    def on_headers_complete(self) -> None:
-        status = self._parser.get_status_code()
-        if status >= 200 and self._head is None:
-            self._head = _Head(status, self._headers, keep_alive=self._parser.should_keep_alive())
-            self._size = 0
-
-    def on_body(self, body: bytes) -> None:
-        self._size += len(body)
-        if self._size <= self._pool.limits.max_response_bytes and not self._surplus:
-            self._chunks.append(body)
-
-    def on_message_complete(self) -> None:
-        self._complete = self._head is not None  # An interim answer has none.
-
-    def _finish(self, head: _Head, body: bytes) -> None:
-        call, self.call = self.call, None
-        assert call is not None
-        call._connection = None
-        call._done = True
-        self.used = True
-        if head.keep_alive and not self._surplus:
-            self._pool.freed(self)
-        else:
-            self._pool.retire(self)
-        call.answered(head.status, head.headers, body)
-
-
 class Upstream:
     """The connections to one address. All methods are called on the loop's thread."""
 
     def __init__(self, host: str, port: int, limits: UpstreamLimits | None = None) -> None:
         self.limits = limits or UpstreamLimits()
-        self.heads: dict[bytes, _Head] = {}
+        self.heads: dict[bytes, AnswerHead] = {}
         self._address = (host, port)
-        self._idle: list[_Connection] = []
-        self._open: set[_Connection] = set()
+        self._idle: list[ClientConnection] = []
+        self._open: set[ClientConnection] = set()
         self._connecting: set[asyncio.Task[None]] = set()
         self._waiting: deque[Call] = deque()
         self._timer: asyncio.TimerHandle | None = None
@@ -298,7 +78,7 @@ class Upstream:
 
     # --- the connections' side ---
 
-    def freed(self, connection: _Connection) -> None:
+    def freed(self, connection: ClientConnection) -> None:
         while self._waiting:
             call = self._waiting.popleft()
             if not call._done:
@@ -307,17 +87,17 @@ class Upstream:
         connection.expires = self._now + self.limits.idle_s
         self._idle.append(connection)
 
-    def opened(self, connection: _Connection) -> None:
+    def opened(self, connection: ClientConnection) -> None:
         self._open.add(connection)
         self.freed(connection)
 
-    def retire(self, connection: _Connection) -> None:
+    def retire(self, connection: ClientConnection) -> None:
         """Use it no more."""
         if connection in self._idle:
             self._idle.remove(connection)
         connection.close()
 
-    def lost(self, connection: _Connection) -> None:
+    def lost(self, connection: ClientConnection) -> None:
         self._open.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
@@ -339,7 +119,7 @@ class Upstream:
             call._connection = None
             call.failed(error)
 
-    def remember(self, data: bytes, head: _Head) -> None:
+    def remember(self, data: bytes, head: AnswerHead) -> None:
         """Keep the parsed head when `data` was exactly that head and the body it announced."""
         cut = data.find(b"\r\n\r\n") + 4
         if len(data) - cut == head.length:
@@ -361,7 +141,7 @@ class Upstream:
 
     async def _open_one(self) -> None:
         async with asyncio.timeout(self.limits.connect_timeout_s):
-            await asyncio.get_running_loop().create_connection(lambda: _Connection(self), *self._address)
+            await asyncio.get_running_loop().create_connection(lambda: ClientConnection(self), *self._address)
 
     def _connected(self, task: asyncio.Task[None]) -> None:
         self._connecting.discard(task)
