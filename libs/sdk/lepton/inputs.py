@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -23,22 +24,23 @@ def read_inputs(path: Path, specs: Sequence[TensorSpec]) -> dict[str, Array]:
     Raises Invalid, naming the input, when the file does not fit the model's inputs.
     """
     kinds = {spec.name: spec.datatype for spec in specs}
-    if path.suffix == ".npy":
-        return {_only(kinds): _cast(_only(kinds), kinds, _load(path))}
-    if path.suffix == ".npz":
-        return {name: _cast(name, kinds, array) for name, array in _load(path).items()}
-    text = sys.stdin.read() if str(path) == "-" else path.read_text()
+    if path.suffix in {".npy", ".npz"}:
+        return {name: _cast(name, kinds, array) for name, array in _load(path, kinds).items()}
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
+        content = json.loads(sys.stdin.read() if str(path) == "-" else path.read_text())
+    except (ValueError, RecursionError) as error:
         raise Invalid(f"{path} is not JSON: {error}.", hint=_JSON_FORMS) from error
     return _from_content(content, kinds)
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, kinds: dict[str, str]) -> dict[str, Array]:
+    """The arrays of the file by name; the only one of a .npy file is the model's only input."""
     try:
-        return np.load(path, allow_pickle=False)
-    except ValueError as error:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            # A .npz file's arrays are read, and found damaged, only by looking at them.
+            return {_only(kinds): loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    except (ValueError, EOFError, BadZipFile) as error:
         raise Invalid(f"{path} is not a {path.suffix} file of plain arrays.") from error
 
 
@@ -70,7 +72,10 @@ def _read(name: str, kinds: dict[str, str], data: Any, shape: Sequence[int] | No
 
 def _cast(name: str, kinds: dict[str, str], array: Array) -> Array:
     datatype = _datatype(name, kinds)
-    return array if datatype == "BYTES" else array.astype(dtype_of(datatype), copy=False)
+    try:
+        return array if datatype == "BYTES" else array.astype(dtype_of(datatype), copy=False)
+    except (TypeError, ValueError) as error:
+        raise Invalid(f"input {name!r}: {array.dtype} is not {datatype} data ({error}).") from error
 
 
 def _datatype(name: str, kinds: dict[str, str]) -> str:
