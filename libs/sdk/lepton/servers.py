@@ -342,6 +342,8 @@ def kept_secret(path: Path, prefix: str) -> str:
         draft = path.with_name(f"{path.name}.{os.getpid()}")
         with os.fdopen(os.open(draft, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w") as out:
             out.write(prefix + secrets.token_urlsafe(32))
+            out.flush()
+            os.fsync(out.fileno())  # What is encrypted or registered with it must not outlive it.
         # A link, not a rename: of two that come at once the first one's secret stays.
         with contextlib.suppress(FileExistsError):
             os.link(draft, path)
