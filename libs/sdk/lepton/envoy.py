@@ -194,12 +194,12 @@ def _listener(name: str, port: int, buffer_bytes: int, manager: dict[str, Any]) 
 def _route(path: str, cluster: str, *, repeatable: bool = False) -> dict[str, Any]:
     """Everything under `path` to a service. One that is just being restarted is waited for, some 5 s.
 
-    Only what never reached it is sent again, so nothing is done twice; with `repeatable`, for which that does no harm,
-    also what it had when it died.
+    Only what never reached it is sent again, so nothing is done twice. With `repeatable`, for which that does no harm,
+    what it had when it died is sent again as well, and waits some 12 s.
     """
     retries = {
         "retry_on": f"connect-failure,refused-stream,{'reset' if repeatable else 'reset-before-request'}",
-        "num_retries": 12,
+        "num_retries": 30 if repeatable else 12,
         "retry_back_off": {"base_interval": "0.1s", "max_interval": "1s"},
     }
     return {
