@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -21,6 +22,9 @@ from typing import IO, Any
 from lepton.errors import Conflict, LeptonError
 from lepton.processes import Identity, marked
 from lepton.servers import kept_secret
+
+# Who only looks whether there is a supervisor has the lock too, for an instant; that must not keep one from starting.
+_LOOKING_S = 0.2
 
 
 class State(StrEnum):
@@ -100,10 +104,11 @@ class Home:
     def locked(self) -> Iterator[None]:
         """This process is the only one that starts or stops parts. Raises Conflict when another one is."""
         with self._lock_file() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Conflict(f"A platform is already being run in {self.folder}.") from None
+            deadline = time.monotonic() + _LOOKING_S
+            while not _try_lock(lock, fcntl.LOCK_EX):
+                if time.monotonic() > deadline:
+                    raise Conflict(f"A platform is already being run in {self.folder}.")
+                time.sleep(_LOOKING_S / 10)
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
@@ -114,12 +119,10 @@ class Home:
         if not self.folder.is_dir():
             return None
         with self._lock_file() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                return int(lock.read() or 0) or None
-            return None
+            if _try_lock(lock, fcntl.LOCK_SH):
+                return None
+            lock.seek(0)
+            return int(lock.read() or 0) or None
 
     def _lock_file(self) -> IO[str]:
         return (self.folder / "lock").open("a+")
@@ -163,6 +166,14 @@ class Home:
 
     def forget_part(self, name: str) -> None:
         (self.folder / "run" / f"{name}.json").unlink(missing_ok=True)
+
+
+def _try_lock(file: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,9 @@
+import fcntl
 import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -83,6 +85,16 @@ def test_only_one_process_at_a_time_runs_the_platform(home: Home) -> None:
         with pytest.raises(Conflict, match="already"), home.locked():
             pass
     assert home.supervisor_pid() is None
+
+
+def test_looking_for_the_supervisor_keeps_none_from_starting(home: Home) -> None:
+    looking = (home.folder / "lock").open("a+")
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    end = threading.Timer(0.02, looking.close)
+    end.start()
+    with home.locked():
+        assert looking.closed
+    end.join()
 
 
 def test_lock_ends_with_the_process_that_held_it(home: Home) -> None:
