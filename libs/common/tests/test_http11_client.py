@@ -269,11 +269,12 @@ async def test_a_refused_connection_fails_every_call_that_waits() -> None:
 
 async def test_too_many_waiting_calls_are_refused_at_once() -> None:
     limits = UpstreamLimits(max_connections=1, max_waiting=2)
-    async with served(lambda request: None, limits) as (upstream, _):
+    arrived = asyncio.Event()
+    async with served(lambda request: arrived.set(), limits) as (upstream, _):
         calls = [Asked() for _ in range(4)]
         for call in calls[:2]:
             upstream.send(call)
-        await asyncio.sleep(0.05)
+        await arrived.wait()
         for call in calls[2:]:
             upstream.send(call)
         assert await failure(upstream) == (Failure.FULL, False)

@@ -206,8 +206,9 @@ async def test_work_that_does_not_end_is_left_behind(service: Service, monkeypat
                 await released.wait()
 
     service.background(hang)
-    async with running(service):
+    async with running(service):  # It ends without an error all the same.
         await ready(service)
+    assert service.readiness.draining
     released.set()
 
 
