@@ -20,7 +20,7 @@ REQUEST = json.dumps(
     {"inputs": [{"name": "x", "datatype": "FP32", "shape": _X.shape, "data": _X.ravel().tolist()}]}
 ).encode()
 SETTINGS = {"LEPTON_LOAD_TIMEOUT_S": "15"}
-CALLERS = 6
+CALLERS = 4
 
 
 def push_versions(platform: Platform, model: str, *versions: int) -> None:

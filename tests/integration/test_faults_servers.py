@@ -48,6 +48,7 @@ def client(victim: Platform) -> Iterator[Client]:
 # --- etcd -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(240)
 def test_etcd_frozen_for_a_minute_fails_no_request_and_loses_no_command(
     victim: Platform, http: httpx.Client, client: Client
 ) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,20 +69,19 @@ def test_workers_restarted_one_after_the_other_fail_no_request(victim: Platform)
 
 def test_a_frozen_worker_delays_its_own_requests_only_and_is_used_again_when_it_thaws(victim: Platform) -> None:
     wait_for_workers(victim, 2)
-    with load_on(victim, MODEL, timeout_ms=2000) as load:
+    with load_on(victim, MODEL, timeout_ms=3000) as load:
         load.wait_for(100)
         with victim.frozen("worker-1"):
             wait_for_workers(victim, 1)
-            # What was on its way to the frozen worker ends at its deadline; then nobody is sent there any more.
-            load.wait_for(100)
-            stuck = load.failures
+            load.wait_for(50)
+            # What was on its way to the frozen worker ends at its deadline. Nobody is sent there any more.
+            taken_out_at = time.monotonic()
             load.wait_for(300)
-            assert load.failures == stuck, load.report()
         wait_for_workers(victim, 2)
         before = _runs(victim, "worker-1")
         until(lambda: _runs(victim, "worker-1") > before)
-        assert load.failures == stuck, load.report()
-    assert {answer.status for answer in stuck} <= {504}, load.report()
+    assert {answer.status for answer in load.failures} <= {504}, load.report()
+    assert not [answer for answer in load.failures if answer.begun_s > taken_out_at], load.report()
 
 
 def _runs(victim: Platform, worker: str) -> int:
@@ -128,26 +128,34 @@ def test_a_killed_part_fails_no_request_and_serves_again(victim: Platform, http:
     assert not load.failures, load.report()
 
 
-def test_a_killed_gateway_fails_at_most_what_it_held_and_serves_again(victim: Platform) -> None:
+def test_callers_wait_for_a_gateway_that_is_killed_or_restarted(victim: Platform) -> None:
     with load_on(victim, MODEL) as load:
-        load.wait_for(100)
-        victim.kill("gateway")
-        load.wait_for(200)
-        victim.wait_ready()
-        held = load.failures
-        load.wait_for(200)
-    assert len(held) <= CALLERS, load.report()
-    assert load.failures == held, load.report()
-
-
-def test_a_killed_mesh_fails_no_request_that_the_gateway_has(victim: Platform) -> None:
-    with load_on(victim, MODEL, port=victim.layout.ports["gateway"]) as load:
-        for _ in range(2):
+        for end in (victim.kill, victim.stop):
             load.wait_for(100)
-            victim.kill("envoy")
+            end("gateway")
             load.wait_for(200)
             victim.wait_ready()
-    assert not load.failures, load.report()
+            impatient = load.failures
+            load.wait_for(100)
+            assert load.failures == impatient, load.report()
+    # The front door's patience is longer than a start of the gateway, unless the machine is very busy.
+    assert len(impatient) <= CALLERS, load.report()
+    assert {answer.status for answer in impatient} <= {503}, load.report()
+
+
+def test_a_killed_envoy_fails_what_came_to_the_front_door_and_nothing_that_the_gateway_has(victim: Platform) -> None:
+    front, inside = load_on(victim, MODEL), load_on(victim, MODEL, port=victim.layout.ports["gateway"])
+    with front, inside:
+        for _ in range(2):
+            front.wait_for(100)
+            victim.kill("envoy")
+            inside.wait_for(200)
+            victim.wait_ready()
+            failed = front.failures
+            front.wait_for(100)
+            assert front.failures == failed, front.report()
+    assert {answer.status for answer in failed} <= {0}, front.report()  # no connection, never a wrong answer
+    assert not inside.failures, inside.report()
 
 
 def test_a_killed_supervisor_is_followed_by_one_that_takes_over_every_part(victim: Platform) -> None:
@@ -164,3 +172,19 @@ def test_a_killed_supervisor_is_followed_by_one_that_takes_over_every_part(victi
         load.wait_for(100)
     assert not load.failures, load.report()
     assert victim.pids().keys() == before.keys()
+
+
+def test_after_all_this_every_rollout_is_told_once_and_production_is_what_answers(
+    victim: Platform, http: httpx.Client
+) -> None:
+    with victim.client() as client:
+        rollouts = http.get("/v1/rollouts", params={"model": MODEL, "limit": 1000}).json()
+
+        def finished() -> list[object]:
+            return [entry.id for entry in client.timeline(MODEL) if entry.type == "RolloutFinished"]
+
+        until(lambda: len(finished()) >= len(rollouts), 30)
+        assert len(set(finished())) == len(finished()) == len(rollouts)
+        assert {each["state"] for each in rollouts} == {"promoted"}
+        production = answering_version(http, MODEL)
+        until(lambda: str(client.model(MODEL).aliases["production"]) == production)
