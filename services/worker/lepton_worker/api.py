@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import structlog
 from lepton_common import compression, http11, oip
-from lepton_common.errors import Invalid, LeptonError, status_of
+from lepton_common.errors import Invalid, LeptonError, Overloaded, status_of
 from lepton_common.health import Readiness
 from lepton_common.http11 import Request
 from lepton_common.telemetry import METRICS_CONTENT_TYPE
@@ -186,6 +186,9 @@ def _refuse(request: Request, error: Exception, headers: bytes) -> None:
         _log.warning("a model failed", target=target, reason=error.message)
     elif isinstance(error, NotLoaded):
         headers += b"x-lepton-reason: not-loaded\r\n"
+    elif isinstance(error, Overloaded):
+        # The mesh tries what failed on another worker. That would only carry an overload from one to the next.
+        headers += b"x-envoy-ratelimited: true\r\n"
     if error.retry_after_s is not None:
         headers += b"retry-after: %d\r\n" % math.ceil(error.retry_after_s)
     request.respond(status, http11.JSON + headers, http11.error_body(error.message))

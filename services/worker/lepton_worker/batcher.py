@@ -27,6 +27,7 @@ _QUICK_S = 200e-6
 _SWEEP_S = 0.05  # how late a queued request may hear that its time is up
 _SMOOTHING = 0.1
 _MAX_SHAPES = 256  # whose run times are remembered
+_MAX_SIZES = 1024  # of runs, that are told apart: callers choose them
 
 
 @dataclass
@@ -44,17 +45,16 @@ class Statistics:
     request_s: float = 0.0  # from arrival to the end of the run
     isolated: int = 0  # batches that failed and whose members ran again one by one
     last_at_ms: int = 0
+    executions: int = 0
     by_size: dict[int, tuple[int, float]] = field(default_factory=dict)  # rows of a run -> (runs, seconds)
-
-    @property
-    def executions(self) -> int:
-        return sum(runs for runs, _ in self.by_size.values())
 
     def count(self, works: Sequence[Work], rows: int, started: float, ended: float) -> None:
         """The works ran together, as so many rows, between these times of time.monotonic."""
         elapsed_s = ended - started
-        runs, seconds = self.by_size.get(rows, (0, 0.0))
-        self.by_size[rows] = (runs + 1, seconds + elapsed_s)
+        self.executions += 1
+        if rows in self.by_size or len(self.by_size) < _MAX_SIZES:
+            runs, seconds = self.by_size.get(rows, (0, 0.0))
+            self.by_size[rows] = (runs + 1, seconds + elapsed_s)
         arrived = sum([work.arrived for work in works])
         self.run_s += elapsed_s
         self.queue_s += len(works) * started - arrived
@@ -150,7 +150,10 @@ class Batcher:
             thread.join()
 
     def _bucket_of(self, inputs: Mapping[str, Array]) -> tuple[Key, int]:
-        """Which works may run with these inputs, and their rows. Names, datatypes and order are the signature's."""
+        """Which works may run with these inputs, and their rows. Names, datatypes and order are the signature's.
+
+        Without a row a request still takes a place in the queue, so it counts as one.
+        """
         if not self._mergeable:
             return ALONE, 1
         key: Key = ()
@@ -162,7 +165,7 @@ class Batcher:
             elif rows != shape[0]:
                 return ALONE, max(rows, shape[0])
             key += (shape[1:],)
-        return (key if 0 < rows < self._max_rows else ALONE), rows
+        return (key if 0 < rows < self._max_rows else ALONE), max(rows, 1)
 
     # --- running ---
 
@@ -241,7 +244,7 @@ class Batcher:
         works, elapsed_s = batch.works, ended - started
         rows = sum([work.rows for work in works])
         self.statistics.count(works, rows, started, ended)
-        self._row_s += _SMOOTHING * (elapsed_s / max(rows, 1) - self._row_s)
+        self._row_s += _SMOOTHING * (elapsed_s / rows - self._row_s)
         if batch.key is not ALONE:
             if len(self._run_s) >= _MAX_SHAPES:
                 self._run_s.clear()

@@ -14,7 +14,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 class Settings(CommonSettings):
-    pool: str = "cpu"
+    pool: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")] = "cpu"
     """name of the pool whose versions this worker runs"""
     worker_id: str = Field(default_factory=lambda: f"{platform.node()}-{uuid4().hex[:8]}")
     """this worker's name, unique among all workers"""

@@ -4,7 +4,7 @@ import asyncio
 import gzip
 import http.client
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,15 @@ import pytest
 import tritonclient.http as triton
 from lepton.processes import running
 from lepton.servers import Etcd
+from lepton_common.errors import Overloaded
 from lepton_common.etcd import EtcdClient
+from lepton_common.health import Readiness
+from lepton_common.http11_request import Buffer, Head, Request
 from lepton_common.signature import DTYPES
+from lepton_common.types import ModelRef
+from lepton_worker.api import Api
+from lepton_worker.assignments import Assignments
+from lepton_worker.lane import Lane
 
 from .conftest import DOUBLE, WorkerRecipe, onnx_bytes, serve
 
@@ -270,6 +277,36 @@ def test_compressed_bodies_are_bounded_and_other_encodings_refused(worker: Worke
     assert ask(worker, "POST", path, bomb, Content_Encoding="gzip")[0] == 413
     assert ask(worker, "POST", path, b"{}", Content_Encoding="br")[0] == 415
     assert ask(worker, "POST", path, b"{}", Content_Encoding="gzip")[0] == 400
+
+
+class Full(Assignments):
+    """Versions whose queues are full."""
+
+    def __init__(self) -> None: ...
+
+    def lane(self, model: ModelRef, version: int | None) -> Lane:
+        raise Overloaded("the queue is full: 9 rows wait", retry_after_s=2)
+
+
+class Peer:
+    """Remembers what it is answered."""
+
+    peer = "127.0.0.1"
+
+    def answer(self, head: Head, status: int, headers: bytes, body: Buffer | Sequence[Buffer]) -> None:
+        self.status, self.headers = status, headers
+
+
+def test_the_mesh_retries_what_is_not_loaded_elsewhere_but_no_overload(worker: WorkerRecipe) -> None:
+    peer = Peer()
+    head = Head("POST", b"/v2/models/m/infer", {}, 0, keep_alive=True, old=False)
+    Api(Full(), Readiness(), bytes, "cpu", 1).handle(Request(peer, head, b""))
+    assert peer.status == 503
+    assert b"x-envoy-ratelimited: true\r\n" in peer.headers
+    assert b"retry-after: 2\r\n" in peer.headers
+    status, headers, _ = infer(worker, "broken", {})
+    assert (status, headers["x-lepton-reason"]) == (503, "not-loaded")
+    assert "x-envoy-ratelimited" not in headers
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lepton_common.errors import DeadlineExceeded, Invalid, LeptonError, Overloaded, Unavailable
 from lepton_common.events import Batching
 from lepton_common.tensors import Array
-from lepton_worker.batcher import Batcher
+from lepton_worker.batcher import Batcher, Statistics
 from lepton_worker.buckets import Outputs, Work
 
 NEVER = math.inf
@@ -161,6 +161,22 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
         assert raised.value.retry_after_s >= 1
         caller.submit(row(1))
         assert caller.batcher.statistics.rejected == 1
+
+
+async def test_requests_without_a_row_fill_the_queue_as_well() -> None:
+    async with held(Model(), max_queued_rows=4) as (caller, _):
+        for _ in range(4):
+            caller.submit(row(1, rows=0))
+        with pytest.raises(Overloaded):
+            caller.submit(row(1, rows=0))
+
+
+async def test_runs_are_told_apart_by_size_up_to_a_bound() -> None:
+    statistics = Statistics()
+    for rows in range(1, 3000):
+        statistics.count((), rows, started=0.0, ended=1.0)
+    assert statistics.executions == 2999
+    assert len(statistics.by_size) == 1024
 
 
 async def test_a_request_larger_than_the_whole_queue_is_let_into_an_empty_one() -> None:
