@@ -183,19 +183,21 @@ class Api:
 
     def _trace(self, request: Request, target: Target) -> None:
         changes = request.method == "POST"
+        model = None
         if target.model:
             caller = self._callers.check(request, Scope.DEPLOY) if changes else self._callers.check_reader(request)
             model = self._routes.get(caller.tenant, target.model).serving.ref
+        elif changes:
+            self._callers.check_operator(request)
         else:
-            _ = self._callers.check(request, Scope.ADMIN) if changes else self._callers.check_reader(request)
-            model = None
+            self._callers.check_reader(request)
         tracing = self._proxy.tracing
         answer(request, tracing.update(model, json_object(request.body)) if changes else tracing.view(model))
 
     def _logging(self, request: Request, target: Target) -> None:
         logs = self._proxy.logs
         if request.method == "POST":
-            self._callers.check(request, Scope.ADMIN)
+            self._callers.check_operator(request)
             answer(request, logs.update(json_object(request.body)))
         else:
             self._callers.check_reader(request)

@@ -9,7 +9,9 @@ from lepton_common.errors import Forbidden, Unauthenticated
 from lepton_common.http11 import Request
 from lepton_common.records import Scope
 
-_LOCAL = Caller(tenant="default", scopes=frozenset({Scope.INFER}), key_id="", name="loopback")
+# Its admins are the operator's: they change what holds for every tenant.
+_DEFAULT_TENANT = "default"
+_LOCAL = Caller(tenant=_DEFAULT_TENANT, scopes=frozenset({Scope.INFER}), key_id="", name="loopback")
 
 
 class Callers:
@@ -35,6 +37,11 @@ class Callers:
             return self.check(request, Scope.INFER)
         except Forbidden:
             return self.check(request, Scope.READ)
+
+    def check_operator(self, request: Request) -> None:
+        """Raises Unauthenticated or Forbidden unless the caller is the operator."""
+        if self.check(request, Scope.ADMIN).tenant != _DEFAULT_TENANT:
+            raise Forbidden(f"this concerns every tenant: it needs an admin key of the tenant {_DEFAULT_TENANT!r}")
 
 
 @lru_cache(maxsize=1024)

@@ -38,7 +38,8 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient) -> Service
     host, _, port = settings.mesh.rpartition(":")
     upstream = Upstream(host, int(port))
     callers = Callers(keys, keyless_loopback=settings.keyless_loopback)
-    http = httpx.AsyncClient()
+    # Rollout and the workers are near: a proxy for the world outside must not see their callers' keys.
+    http = httpx.AsyncClient(trust_env=False)
     logs = LogSettings(settings.log_level)
     logs.install()
     proxy = Proxy(upstream, Tracing(telemetry.tracer, on=bool(settings.otlp)), logs)

@@ -158,6 +158,7 @@ class Exchange(Call):
         if self._over:
             return
         self._over = True
+        self.request.on_disconnect = None  # It leads back to here: the request would be garbage in a cycle.
         self.route.in_flight -= 1
         self.route.count(self.version, status, time.monotonic() - self.began)
         if self.span is not None:

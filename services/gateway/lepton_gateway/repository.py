@@ -112,7 +112,7 @@ def _version_of(request: Request) -> int | None:
     if asked is None:
         return None
     text = str(asked)
-    if not (text.isascii() and text.isdigit() and 0 < int(text[:10]) < 2**31):
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and 0 < int(text) < 2**31):
         raise Invalid("version must be a positive integer")
     return int(text)
 
