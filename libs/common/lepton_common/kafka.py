@@ -93,7 +93,7 @@ class KafkaBus:
             except (KafkaError, OSError, TimeoutError, Stalled) as error:
                 self._rebuilds.inc()
                 _log.warning("consumer given up, making a new one", error=repr(error))
-            await asyncio.sleep(random.uniform(0.5, 1.5))  # noqa: S311
+            await asyncio.sleep(random.uniform(0.5, 1.5))  # noqa: S311 - spreads, guards nothing
 
     async def _consume(self) -> None:
         """One consumer's life. Ends by raising."""
