@@ -15,7 +15,7 @@ commands = typer.Typer(no_args_is_help=True)
 def create(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(help="What the key is for; told apart by it later.")],
-    # Never changed, and typer takes no tuple of any length for a default.
+    # typer only reads the list, so it may be shared.
     scope: Annotated[list[str], typer.Option(help="infer, read, deploy or admin; may be repeated.")] = ["infer"],  # noqa: B006
     tenant: Annotated[str | None, typer.Option(help="Another tenant than your own.")] = None,
     days: Annotated[float | None, typer.Option(min=0, help="Days until it expires. Default: never.")] = None,
