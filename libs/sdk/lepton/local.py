@@ -3,6 +3,7 @@
 `python -m lepton.local HOME PORT WORKERS` is the supervisor of a detached platform; 0 stands for "not given".
 """
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -200,8 +201,10 @@ def _part_status(home: Home, name: str, recipe: Recipe | None, ports: dict[str, 
 
 
 def _supervisor_status(home: Home) -> PartStatus:
-    pid = home.supervisor_pid()
-    process = psutil.Process(pid) if pid else None
+    process = None
+    if pid := home.supervisor_pid():
+        with contextlib.suppress(psutil.NoSuchProcess):  # It may end at any moment.
+            process = psutil.Process(pid)
     state, reason = (
         (State.READY, "") if process else (State.STOPPED, "`lepton up` starts one; parts that end stay ended")
     )

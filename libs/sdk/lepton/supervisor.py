@@ -17,7 +17,7 @@ from pathlib import Path
 from lepton.errors import Conflict
 from lepton.home import Home, PartState, State
 from lepton.parts import choose_ports, make_parts
-from lepton.processes import Identity, Process, Recipe, StartFailed, end, is_free, tail
+from lepton.processes import Identity, Process, Recipe, end, is_free, tail
 
 _STOP_TIMEOUT_S = 20.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
@@ -112,8 +112,8 @@ class Supervisor:
                 if process is not None:
                     self._watch(process, restarts)
                     reason = f"it ended: {tail(process.log, lines=1)}"
-            except (StartFailed, OSError) as error:
-                reason = str(error)
+            except Exception as error:  # Whatever it was, the part must be tried again: nobody else does.
+                reason = str(error) or type(error).__name__
             if time.monotonic() - begun > _WELL_AFTER_S:
                 pause_s = _FIRST_PAUSE_S
             process = None
