@@ -67,12 +67,15 @@ class Runner:
             await self._workers.changed.wait(seen, _LOOK_AGAIN_S)
 
     async def look(self) -> None:
-        """Every open rollout that is not another runner's is as far as it can get now."""
+        """Every open rollout that is not another runner's is as far as it can get now.
+
+        One that fails for a reason unforeseen stops no other; it is raised once all have had their turn.
+        """
         async with self._db.transaction() as tx:
             found = await store.list_open_rollouts(tx)
-        async with asyncio.TaskGroup() as group:
-            for rollout_id in found:
-                group.create_task(self._advance(rollout_id))
+        outcomes = await asyncio.gather(*map(self._advance, found), return_exceptions=True)
+        if failures := [outcome for outcome in outcomes if isinstance(outcome, Exception)]:
+            raise ExceptionGroup("rollouts failed", failures)
 
     async def _advance(self, rollout_id: UUID) -> None:
         try:

@@ -27,6 +27,8 @@ class StandIn:
         self.is_ready = True
         self.refused: set[str] = set()  # versions answered as not loaded
         self.cuts_connections = False
+        self.is_full = False
+        self.is_listening = True
         self.answered = 0
         self.connections: set[asyncio.Transport] = set()
 
@@ -46,7 +48,12 @@ class StandIn:
 
     def die(self) -> None:
         """As after kill -9: nobody listens and every connection is reset."""
-        self._server.close()
+        loop = asyncio.get_running_loop()
+        for listener in self._server.sockets:
+            loop.remove_reader(listener)
+        # Not at once: asyncio would lose, unclosed, what it is accepting at this moment.
+        loop.call_soon(self._server.close)
+        self.is_listening = False
         for connection in tuple(self.connections):
             connection.abort()
 
@@ -63,6 +70,8 @@ class _Connection(asyncio.Protocol):
         self._transport = transport
         self._parser = httptools.HttpRequestParser(self)
         self._worker.connections.add(transport)
+        if not self._worker.is_listening:
+            transport.abort()  # Accepted before the worker's death, made after it.
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._worker.connections.discard(self._transport)
@@ -91,6 +100,9 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
         elif self._version in worker.refused:
             self._answer(503, {"error": "not loaded"}, b"x-lepton-reason: not-loaded\r\n")
+        elif worker.is_full:
+            worker.answered += 1
+            self._answer(503, {"error": "the queue is full"}, b"x-envoy-ratelimited: true\r\n")
         else:
             worker.answered += 1
             self._answer(200, {"worker": worker.name, "version": self._version, "size": self._size})

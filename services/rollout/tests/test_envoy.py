@@ -157,6 +157,21 @@ async def test_a_worker_that_has_not_loaded_the_version_is_passed_over(
     assert "without" in {(await infer(client, model, version="1")).json()["worker"] for _ in range(40)}
 
 
+async def test_an_overloaded_workers_answer_is_not_retried_on_the_others(
+    mesh: EnvoyMesh, client: httpx.AsyncClient, model: ModelRef, start_worker: StartWorker
+) -> None:
+    workers = [await start_worker("a"), await start_worker("b")]
+    for worker in workers:
+        worker.is_full = True
+    await mesh.place([worker.state() for worker in workers])
+    await mesh.apply(virtual_service(serving(model, 1, {1: 100})))
+
+    answers = [await infer(client, model) for _ in range(10)]
+
+    assert {answer.status_code for answer in answers} == {503}
+    assert sum(worker.answered for worker in workers) == len(answers)
+
+
 async def test_a_draining_worker_gets_no_new_request(
     mesh: EnvoyMesh, envoy_recipe: Envoy, client: httpx.AsyncClient, model: ModelRef, start_worker: StartWorker
 ) -> None:

@@ -252,6 +252,20 @@ async def test_a_worker_that_hangs_is_waited_for_only_until_it_is_late(
     assert (after.state, after.reason) == (State.PROMOTED, "1 of 2 workers of pool 'cpu' are ready")
 
 
+async def test_a_record_that_cannot_be_read_holds_up_no_other_model(
+    db: Database, table: ServingTable, workers: KnownWorkers, etcd: EtcdClient, model: ModelRef
+) -> None:
+    other = ModelRef("default", "damaged")
+    await etcd.put(f"{SERVING}{other}", b"?")
+    damaged, rollout = await started(db, other, 1), await started(db, model, 1)
+
+    with pytest.raises(ExceptionGroup):
+        await runner(db, table, workers).look()
+
+    assert (await found(db, model, rollout)).state is State.PROMOTED
+    assert (await found(db, other, damaged)).state is State.LOADING
+
+
 async def test_failing_waits_for_nothing_but_ends_only_when_the_version_is_off_the_record(
     db: Database, table: ServingTable, workers: KnownWorkers, etcd: EtcdClient, model: ModelRef
 ) -> None:
