@@ -19,8 +19,12 @@ from . import onnx_models
 from .local_platform import Platform, running_platform, until
 from .oip_requests import GOOD, ROW, infer
 
-# A model that hangs while it loads is given up after so long. Sound ones take a second or two.
-LOAD_TIMEOUT_S = 15
+SETTINGS = {
+    # A model that hangs while it loads is given up after so long. Sound ones take a second or two.
+    "LEPTON_LOAD_TIMEOUT_S": "15",
+    # A worker runs one request of a model at a time, however many cores there are.
+    "LEPTON_INSTANCES": "1",
+}
 
 _numbers = count(1)
 
@@ -28,9 +32,7 @@ _numbers = count(1)
 @pytest.fixture(scope="session")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     """The session's platform, with two workers."""
-    with running_platform(
-        tmp_path_factory.mktemp("platform"), settings={"LEPTON_LOAD_TIMEOUT_S": str(LOAD_TIMEOUT_S)}
-    ) as platform:
+    with running_platform(tmp_path_factory.mktemp("platform"), settings=SETTINGS) as platform:
         yield platform
 
 
