@@ -260,9 +260,8 @@ def test_model_that_fails_says_so_without_paths_or_tracebacks(triton: InferenceS
     x = np.ones(6, np.float32)
     result = triton.infer(fragile, [tensor("x", x), tensor("shape", np.array([2, 3]))])
     assert result.as_numpy("y").shape == (2, 3)
-    with pytest.raises(InferenceServerException) as raised:
-        triton.infer(fragile, [tensor("x", x), tensor("shape", np.array([4, 4]))])
-    message = raised.value.message()
+    message = refusal(400, triton.infer, fragile, [tensor("x", x), tensor("shape", np.array([4, 4]))])
+    assert "these values of 'x', 'shape'" in message
     assert "reshape" in message
     assert "/" not in message.replace("{", "")
     assert "Traceback" not in message

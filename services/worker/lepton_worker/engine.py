@@ -35,6 +35,9 @@ _DATATYPES = {
     "tensor(bfloat16)": "BF16",
     "tensor(string)": "BYTES",
 }
+# What operators raise for what they were given: an index out of bounds, shapes that do not go together, a division by
+# zero. Other values may do, so it is the caller's to mend.
+_BY_VALUES = (ort.InvalidArgument, ort.RuntimeException, ort.Fail)
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 _CUDA = ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"})
 _CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
@@ -82,9 +85,11 @@ class Engine:
         self._output_names = [spec.name for spec in self.signature.outputs]
         self._texts = [spec.name for spec in self.signature.inputs if spec.datatype == "BYTES"]
         self._has_bfloat16 = any(spec.datatype == "BF16" for spec in (*self.signature.inputs, *self.signature.outputs))
+        if self._has_bfloat16 and self._texts:
+            raise Invalid(f"input {self._texts[0]!r}: onnxruntime does not run text and BF16 in one model from here")
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Every output by name. Raises Invalid for values the model refuses, ModelFailed when it fails on them."""
+        """Every output by name. Raises Invalid when it fails on these values, ModelFailed when it fails otherwise."""
         feed = dict(inputs)
         for name in self._texts:
             feed[name] = _text(name, feed[name])
@@ -92,8 +97,9 @@ class Engine:
             if self._has_bfloat16:
                 return self._run_values(feed)
             return dict(zip(self._output_names, self._session.run(self._output_names, feed), strict=True))
-        except ort.InvalidArgument as error:
-            raise Invalid(f"the model refuses the input: {_clean(error)}") from error
+        except _BY_VALUES as error:
+            names = ", ".join(map(repr, feed))
+            raise Invalid(f"the model fails on these values of {names}: {_clean(error)}") from error
         except Exception as error:
             raise ModelFailed(f"the model failed: {_clean(error)}") from error
 

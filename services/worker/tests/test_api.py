@@ -257,10 +257,10 @@ def test_a_value_that_the_model_refuses_is_the_callers_error(worker: WorkerRecip
     assert "out of data bounds, idx=7" in answer["error"]
 
 
-def test_a_model_that_raises_is_a_server_error_without_a_traceback(worker: WorkerRecipe) -> None:
+def test_values_that_a_model_fails_on_are_named_without_a_traceback(worker: WorkerRecipe) -> None:
     status, headers, answer = infer(worker, "breaks", {"inputs": [tensor([1], [1], "INT32")]})
-    assert (status, headers["x-lepton-version"]) == (500, "1")
-    assert answer["error"].startswith("the model failed: ")
+    assert (status, headers["x-lepton-version"]) == (400, "1")
+    assert answer["error"].startswith("the model fails on these values of 'x': ")
     assert "/" not in answer["error"]
 
 

@@ -3,7 +3,6 @@ import numpy as np
 import pytest
 from lepton_common.errors import Invalid
 from lepton_common.signature import DTYPES, TensorSpec
-from lepton_worker.domain import ModelFailed
 from lepton_worker.engine import Engine
 
 from .conftest import OnnxFile
@@ -79,11 +78,17 @@ def test_a_value_that_the_model_refuses_is_the_callers_error(onnx_file: OnnxFile
         "g (float[N, M] x) => (int32[N, M] y) { i = Cast<to = 6>(x) z = Sub(i, i) y = Div(i, z) }",
     ],
 )
-def test_a_model_that_raises_tells_why_without_paths(graph: str, onnx_file: OnnxFile) -> None:
-    with pytest.raises(ModelFailed, match=r"the model failed: .*(cannot be reshaped|division by zero)") as raised:
+def test_values_that_a_model_fails_on_are_refused_by_name_and_without_paths(graph: str, onnx_file: OnnxFile) -> None:
+    with pytest.raises(Invalid, match=r"these values of 'x': .*(cannot be reshaped|division by zero)") as raised:
         Engine(onnx_file(graph), 1).run({"x": np.ones((2, 4), np.float32)})
     assert "/" not in raised.value.message
     assert ".h:" not in raised.value.message
+
+
+def test_text_beside_bfloat16_is_refused_when_the_model_is_loaded(onnx_file: OnnxFile) -> None:
+    graph = "g (bfloat16[N] x, string[N] s) => (bfloat16[N] y, string[N] t) { y = Identity(x) t = Identity(s) }"
+    with pytest.raises(Invalid, match="input 's': onnxruntime does not run text and BF16"):
+        Engine(onnx_file(graph), 1)
 
 
 def test_bytes_that_are_no_model_are_refused(onnx_file: OnnxFile) -> None:
