@@ -49,7 +49,13 @@ class _Commands(TyperGroup):
         raise typer.Exit(next((code for kind, code in _EXIT_CODES if isinstance(failure, kind)), 1))
 
 
-app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, epilog=_ENDINGS)
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    epilog=_ENDINGS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 app.add_typer(cli_platform.commands)
 app.add_typer(cli_models.commands)
 app.add_typer(cli_keys.commands, name="keys", help="Make, list and revoke API keys.", rich_help_panel="Keys")

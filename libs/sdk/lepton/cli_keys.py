@@ -1,14 +1,19 @@
 """`lepton keys`: who may do what."""
 
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from lepton.connect import connect
-from lepton.render import Json, console, print_json, show
+from lepton.errors import NotFound
+from lepton.render import Json, console, print_json, progress_console, show
 
 commands = typer.Typer(no_args_is_help=True)
+
+_ID = re.compile("[0-9a-f]{16}")
 
 
 @commands.command()
@@ -16,7 +21,10 @@ def create(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(help="What the key is for; told apart by it later.")],
     # typer only reads the list, so it may be shared.
-    scope: Annotated[list[str], typer.Option(help="infer, read, deploy or admin; may be repeated.")] = ["infer"],  # noqa: B006
+    scope: Annotated[
+        list[str],
+        typer.Option(help="infer, read, deploy or admin; may be repeated. `lepton deploy` and `push` need read too."),
+    ] = ["infer"],  # noqa: B006
     tenant: Annotated[str | None, typer.Option(help="Another tenant than your own.")] = None,
     days: Annotated[float | None, typer.Option(min=0, help="Days until it expires. Default: never.")] = None,
     json: Json = False,
@@ -29,7 +37,9 @@ def create(
         print_json(key)
     else:
         console.print(key.secret, soft_wrap=True)
-        console.print("[dim]Keep it now: it is not shown again. Use it as LEPTON_API_KEY, or as a Bearer token.[/]")
+        # On stderr, so that KEY=$(lepton keys create ci) is the key and nothing else.
+        told = "Keep it now: it is not shown again. Use it as LEPTON_API_KEY, or as a Bearer token."
+        progress_console.print(f"[dim]{told}[/]")
 
 
 @commands.command("list")
@@ -54,13 +64,22 @@ def list_keys(ctx: typer.Context, json: Json = False) -> None:
 @commands.command()
 def revoke(
     ctx: typer.Context,
-    key_id: Annotated[str, typer.Argument(metavar="ID", help="As `lepton keys list` shows it.")],
+    key: Annotated[str, typer.Argument(metavar="NAME|ID", help="As `lepton keys list` shows it.")],
     json: Json = False,
 ) -> None:
     """Revoke a key; within a second it opens nothing any more."""
     with connect(ctx) as client:
-        client.revoke_key(key_id)
+        # A tenant has a name once. What looks like an ID is one: a key of another tenant is not in the list.
+        listed = [] if _ID.fullmatch(key) else client.keys()
+        key_id = next((each.id for each in listed if each.name == key), key)
+        try:
+            if not _ID.fullmatch(key_id):
+                raise NotFound(f"no key {key!r}")
+            client.revoke_key(key_id)
+        except NotFound as error:
+            error.hint = "`lepton keys list` lists them."
+            raise
     if json:
         print_json({"revoked": key_id})
     else:
-        console.print(f"Revoked {key_id}.")
+        console.print(f"Revoked {escape(key)}.")

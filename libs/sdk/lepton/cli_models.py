@@ -78,11 +78,12 @@ def versions(ctx: typer.Context, model: Name, json: Json = False) -> None:
     """List a model's versions."""
     with connect(ctx) as client:
         found = client.versions(model)
+        live = None if json else client.model(model).aliases.get("production")
     show(
         found,
         {
             "VERSION": lambda version: version.version,
-            "STATE": lambda version: version.state.value,
+            "STATE": lambda version: "live" if version.version == live else version.state.value,
             "SIZE": lambda version: size(version.size_bytes),
             "SHA256": lambda version: version.sha256[:12],
             "BY": lambda version: version.created_by,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lepton.errors import Invalid, Unreachable
+from lepton.errors import Invalid, Unauthenticated, Unreachable
 
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
@@ -31,7 +31,8 @@ def home() -> Path:
 def find_endpoint(url: str | None = None, key: str | None = None) -> Endpoint:
     """The platform to talk to. The local platform's own key is sent nowhere but to the local platform.
 
-    Raises Invalid when the URL is not an http or https one, Unreachable when nothing names a platform.
+    Raises Invalid when the URL is not an http or https one, Unauthenticated when the key cannot be sent, Unreachable
+    when nothing names a platform.
     """
     local_url = _local_url()
     url = (url or os.environ.get("LEPTON_URL") or local_url or "").rstrip("/")
@@ -40,7 +41,9 @@ def find_endpoint(url: str | None = None, key: str | None = None) -> Endpoint:
     parts = urlsplit(url)
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise Invalid(f"{url!r} is not a platform's URL.", hint="It looks like http://127.0.0.1:8080.")
-    key = key or os.environ.get("LEPTON_API_KEY") or (_local_key() if url == local_url else None)
+    key = (key or os.environ.get("LEPTON_API_KEY") or "").strip() or (_local_key() if url == local_url else None)
+    if key and not (key.isascii() and key.isprintable()):
+        raise Unauthenticated("The API key has a line break or a character in it that no key has.")
     return Endpoint(url, key)
 
 

@@ -301,7 +301,13 @@ def infer(
         timeout_s=timeout,
         repeatable=True,
     )
-    reply = yield from ask(request)
+    try:
+        reply = yield from ask(request)
+    except Invalid as error:
+        # The commonest slip: numpy and scikit-learn compute in FP64, most models take FP32.
+        if " got datatype " in error.message:
+            error.hint = "Cast it first, such as array.astype(numpy.float32) for FP32; `metadata` tells the datatypes."
+        raise
     return tensors.decode(reply.headers, reply.body)
 
 

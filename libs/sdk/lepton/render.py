@@ -25,6 +25,7 @@ console = Console(highlight=False)
 progress_console = Console(stderr=True, highlight=False)
 
 _STATE_STYLES = {
+    "live": "green",
     "promoted": "green",
     "ready": "green",
     "failed": "red",

@@ -59,8 +59,10 @@ def dtype_of(datatype: str) -> np.dtype[Any]:
 def encode(inputs: Mapping[str, ArrayLike], outputs: Sequence[str] | None = None) -> tuple[dict[str, str], bytes]:
     """Headers and body of an inference request that also wants its answer in binary. `outputs` None asks for all.
 
-    Raises Invalid, naming the input, for values that are no tensor.
+    Raises Invalid, naming the input, for values that are no tensor, and for inputs without names.
     """
+    if not isinstance(inputs, Mapping):
+        raise Invalid("The inputs are not given by name.", hint='Write {"NAME": array}.')
     tensors, blobs = [], []
     for name, value in inputs.items():
         datatype, array, blob = _encode_tensor(name, value)

@@ -32,6 +32,7 @@ from pydantic import BaseModel
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SECRET = "lp_secret"
+KEY_ID = "0123456789abcdef"
 
 # The model that is served answers with its inputs.
 SPECS = (TensorSpec("x", "FP32", (-1, 2)), TensorSpec("text", "BYTES", (-1,)), TensorSpec("n", "INT64", (-1,)))
@@ -55,6 +56,7 @@ class Platform:
         self.versions: dict[str, list[Version]] = {}
         self.rollouts: list[Rollout] = []
         self.stable: dict[str, int] = {}
+        self.keys: list[CreatedKey] = []
         self.signature = Signature(SPECS[:1], SPECS[:1])
         self.broken_uploads: list[int] = []  # For each upload to break: after how many bytes.
         self.answers: list[Answer] = []  # Given to the next requests, whatever they are.
@@ -120,10 +122,15 @@ class Platform:
         name = next((each for each in names if each > after), None)
         if name is None:
             raise Answer(200, Page[Model](items=[]))
+        raise Answer(200, Page[Model](items=[self.model(name)], next=name if name != names[-1] else None))
+
+    def get_model(self, _: "Request", name: str) -> None:
+        raise Answer(200, self.model(name))
+
+    def model(self, name: str) -> Model:
+        count = len(self.known(name))
         aliases = {"production": self.stable[name]} if name in self.stable else {}
-        count = len(self.versions[name])
-        model = Model(tenant="default", name=name, latest_version=count, aliases=aliases, created_at=NOW)
-        raise Answer(200, Page[Model](items=[model], next=name if name != names[-1] else None))
+        return Model(tenant="default", name=name, latest_version=count, aliases=aliases, created_at=NOW)
 
     def get_versions(self, _: "Request", model: str) -> None:
         raise Answer(200, Page[Version](items=self.known(model)))
@@ -145,23 +152,22 @@ class Platform:
 
     def post_key(self, request: "Request") -> None:
         wanted = request.json()
-        raise Answer(
-            201,
-            CreatedKey(
-                id="k1",
-                prefix="lp_se",
-                tenant="default",
-                created_at=NOW,
-                secret=SECRET,
-                **{name: wanted[name] for name in ("name", "scopes", "expires_at")},
-            ),
+        key = CreatedKey(
+            id=KEY_ID,
+            prefix="lp_se",
+            tenant="default",
+            created_at=NOW,
+            secret=SECRET,
+            **{name: wanted[name] for name in ("name", "scopes", "expires_at")},
         )
+        self.keys = [key]
+        raise Answer(201, key)
 
     def get_keys(self, _: "Request") -> None:
-        raise Answer(200, [])
+        raise Answer(200, [each.model_dump(mode="json", exclude={"secret"}) for each in self.keys])
 
     def delete_key(self, _: "Request", key: str) -> None:
-        raise Answer(204) if key == "k1" else not_found(f"there is no key {key!r}")
+        raise Answer(204) if key == KEY_ID else not_found(f"there is no key {key!r}")
 
     # --- rollout ---
 
@@ -254,6 +260,7 @@ _ROUTES: dict[tuple[str, str], Callable[..., None]] = {
     ("PUT", "v1/artifacts/*"): Platform.put_artifact,
     ("POST", "v1/models/*/versions"): Platform.post_version,
     ("GET", "v1/models"): Platform.get_models,
+    ("GET", "v1/models/*"): Platform.get_model,
     ("GET", "v1/models/*/versions"): Platform.get_versions,
     ("GET", "v1/models/*/versions/*"): Platform.get_version,
     ("GET", "v1/models/*/timeline"): Platform.get_timeline,

@@ -14,7 +14,7 @@ from lepton.cli import app
 from lepton_common.signature import Signature
 from typer.testing import CliRunner, Result
 
-from libs.sdk.tests.conftest import SECRET, SPECS, Answer, Platform
+from libs.sdk.tests.conftest import KEY_ID, SECRET, SPECS, Answer, Platform
 
 Run = Callable[..., Result]
 
@@ -55,7 +55,8 @@ def test_a_model_is_pushed_listed_deployed_and_rolled_back(run: Run, model: Path
     assert "digits version 2 serves all traffic." in ok(run("deploy", "digits", 2))
     assert "digits is back at version 1." in ok(run("rollback", "digits"))
     assert ok(run("models")).split("\n")[1].split()[:3] == ["digits", "1", "2"]
-    assert [line.split()[0] for line in ok(run("versions", "digits")).splitlines()] == ["VERSION", "1", "2"]
+    shown = [line.split()[:2] for line in ok(run("versions", "digits")).splitlines()]
+    assert shown == [["VERSION", "STATE"], ["1", "live"], ["2", "registered"]]
     assert [line.split()[:3] for line in ok(run("rollouts", "digits")).splitlines()[1:]] == [
         ["digits", "1", "promoted"],
         ["digits", "2", "promoted"],
@@ -75,7 +76,7 @@ def test_what_acts_answers_in_json_too(run: Run, model: Path) -> None:
     assert (pushed["version"], pushed["labels"], pushed["metrics"]) == (1, {"a": "b=c"}, {"acc": 0.5})
     assert json.loads(ok(run("deploy", "m", 1, "--json")))["state"] == "promoted"
     assert json.loads(ok(run("keys", "create", "robot", "--json")))["secret"] == SECRET
-    assert json.loads(ok(run("keys", "revoke", "k1", "--json"))) == {"revoked": "k1"}
+    assert json.loads(ok(run("keys", "revoke", KEY_ID, "--json"))) == {"revoked": KEY_ID}
 
 
 def test_a_push_without_wait_returns_at_once_and_says_where_to_look(run: Run, model: Path) -> None:
@@ -86,10 +87,23 @@ def test_an_empty_list_says_how_to_fill_it(run: Run) -> None:
     assert "`lepton push FILE --name MODEL`" in ok(run("models"))
 
 
-def test_a_new_keys_secret_stands_alone_on_the_first_line(run: Run, platform: Platform) -> None:
-    shown = ok(run("keys", "create", "robot", "--scope", "infer", "--scope", "read", "--days", 2))
-    assert shown.splitlines()[0] == SECRET
-    assert "not shown again" in shown
+def test_a_new_keys_secret_is_all_there_is_on_stdout(run: Run) -> None:
+    result = run("keys", "create", "robot", "--scope", "infer", "--scope", "read", "--days", 2)
+    assert ok(result) == SECRET + "\n"
+    assert "not shown again" in result.stderr
+
+
+def test_a_key_is_revoked_by_its_name_too(run: Run, platform: Platform) -> None:
+    ok(run("keys", "create", "robot"))
+    assert "Revoked robot." in ok(run("keys", "revoke", "robot"))
+    assert platform.counted(f"DELETE /v1/keys/{KEY_ID}") == 1
+
+
+@pytest.mark.parametrize("key", ["nobody", "f" * 16])
+def test_an_unknown_key_is_told_with_where_the_keys_are(run: Run, key: str) -> None:
+    result = run("keys", "revoke", key)
+    assert result.exit_code == 4
+    assert "`lepton keys list`" in result.stderr
 
 
 # --- infer ------------------------------------------------------------------------------------------------------------

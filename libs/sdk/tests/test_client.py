@@ -235,7 +235,8 @@ def test_lists_come_from_as_many_pages_as_there_are(client: Client, platform: Pl
 def test_a_new_key_shows_its_secret_once(client: Client) -> None:
     key = client.create_key("robot", scopes=["infer", Scope.DEPLOY])
     assert (key.secret, key.scopes) == (SECRET, [Scope.INFER, Scope.DEPLOY])
-    assert client.keys() == []
+    (listed,) = client.keys()
+    assert (listed.name, listed.id) == ("robot", key.id)
     client.revoke_key(key.id)
     with pytest.raises(NotFound, match="k2"):
         client.revoke_key("k2")
@@ -316,6 +317,17 @@ def test_what_is_no_tensor_is_refused_with_the_inputs_name(client: Client, value
 def test_a_wrong_input_is_named_by_the_platforms_own_words(client: Client) -> None:
     with pytest.raises(Invalid, match="x"):
         client.infer("m", {"x": np.zeros((1, 3), np.float32)})
+
+
+def test_another_datatype_than_the_models_is_told_with_the_cast(client: Client) -> None:
+    with pytest.raises(Invalid, match=r"FP64, expected FP32\n.*astype\(numpy\.float32\)"):
+        client.infer("m", {"x": np.zeros((1, 2))})
+
+
+def test_inputs_without_names_are_refused(client: Client) -> None:
+    unnamed: Any = [[1.0, 2.0]]
+    with pytest.raises(Invalid, match="by name"):
+        client.infer("m", unnamed)
 
 
 # --- errors and retries -----------------------------------------------------------------------------------------------
@@ -409,6 +421,12 @@ def test_arguments_win_over_the_environment(home: Path, monkeypatch: pytest.Monk
     assert (find_endpoint().url, find_endpoint().key) == ("https://a.example", "lp_env")
     found = find_endpoint("http://b.example", "lp_given")
     assert (found.url, found.key) == ("http://b.example", "lp_given")
+
+
+def test_a_key_read_with_its_line_break_is_the_key(home: Path) -> None:
+    assert find_endpoint(key="lp_given\n").key == "lp_given"
+    with pytest.raises(Unauthenticated, match="line break"):
+        find_endpoint(key="lp_given\nKeep it now")
 
 
 def test_the_local_key_is_sent_to_no_other_platform(home: Path) -> None:
