@@ -29,7 +29,7 @@ quickstart: setup ## train a model, push it, serve it, call it; leaves the platf
 	$(BIN)/python examples/digits/quickstart.py
 
 test: setup ## every test, on the real Kafka, PostgreSQL, etcd, Envoy and onnxruntime
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup ## lint, format, types and import contracts
 	$(BIN)/ruff check .
