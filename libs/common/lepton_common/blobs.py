@@ -89,7 +89,7 @@ class Blobs:
                     async for chunk in chunks:
                         await asyncio.to_thread(_append, temporary, chunk)
                 return await asyncio.to_thread(_publish, temporary, path)
-            except BaseException:
+            except BaseException:  # Cancelled or failed, no half of a file may stay.
                 with contextlib.suppress(OSError):  # A full disk fails the last write once more.
                     temporary.close()
                 with contextlib.suppress(FileNotFoundError):
