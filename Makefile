@@ -4,8 +4,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := libs/sdk libs/common services/registry services/rollout services/gateway services/worker
-MODULES := lepton lepton_common lepton_registry lepton_rollout lepton_gateway lepton_worker
+PACKAGES := libs/sdk libs/common services/registry services/rollout services/monitor services/gateway services/worker
+MODULES := lepton lepton_common lepton_registry lepton_rollout lepton_monitor lepton_gateway lepton_worker
 TESTS := $(addsuffix /tests,$(PACKAGES)) tests
 
 .PHONY: help setup quickstart test check format bench up down

@@ -58,11 +58,14 @@ class Load:
         callers: int = 8,
         check: Check = no_check,
         at_most_s: float = 90.0,
+        pause_s: float = 0.0,
     ) -> None:
+        """`pause_s`: each caller waits so long after every answer."""
         self.answers: list[Answer] = []
         self._port, self._path, self._body = port, path, body
         self._headers = dict(headers or {})
         self._check = check
+        self._pause_s = pause_s
         self._changed = threading.Condition()
         self._over = threading.Event()
         self._ends_at = time.monotonic() + at_most_s
@@ -137,6 +140,8 @@ class Load:
                 with self._changed:
                     self.answers.append(answer)
                     self._changed.notify_all()
+                if self._pause_s:
+                    self._over.wait(self._pause_s)
                 if answer.status == 0:
                     connection.close()
                     connection = self._connection()

@@ -130,16 +130,20 @@ def until(holds: Callable[[], Any], within_s: float = 10.0, every_s: float = 0.0
 
 @contextlib.contextmanager
 def running_platform(
-    folder: Path, *, workers: int = 2, settings: Mapping[str, str] | None = None
+    folder: Path,
+    *,
+    workers: int = 2,
+    pools: Mapping[str, int] | None = None,
+    settings: Mapping[str, str] | None = None,
 ) -> Iterator[Platform]:
     """A platform in `folder`, ready; at the end nothing of it runs.
 
-    `settings` are environment variables that all its services get.
+    `pools` are workers in pools of their own; `settings` are environment variables that all its services get.
     """
     home = Home.at(folder)
     home.create()
     with _environment(settings or {}):
-        supervisor = local.Detached(home, free_port(), workers)
+        supervisor = local.Detached(home, free_port(), workers, pools or {})
     try:
         deque(local.follow(home, supervisor.failure, _START_S), maxlen=0)
         platform = Platform(home)

@@ -138,6 +138,87 @@ def neighbourly() -> onnx.ModelProto:
     )
 
 
+def laborious(rounds: int) -> onnx.ModelProto:
+    """As `mlp`, after so many rounds of work, about 10 µs of one core each."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["goes"]), helper.make_node("MatMul", ["a", "eye"], ["product"])],
+        "round",
+        [_port("i", TensorProto.INT64, ()), _port("go", TensorProto.BOOL, ()), _port("a", TensorProto.FLOAT, (64, 64))],
+        [_port("goes", TensorProto.BOOL, ()), _port("product", TensorProto.FLOAT, (64, 64))],
+    )
+    return _spoilt(
+        [
+            helper.make_node("Loop", ["count", "true", "ones"], ["last"], body=body),
+            helper.make_node("ReduceMin", ["last"], ["least"], keepdims=0),
+            helper.make_node("Mul", ["x", "least"], ["spoilt"]),
+        ],
+        {
+            "true": np.array(True),
+            "count": np.array(rounds),
+            "ones": np.ones((64, 64), np.float32),
+            "eye": np.eye(64, dtype=np.float32),
+        },
+    )
+
+
+def failing_at_four() -> onnx.ModelProto:
+    """As `mlp`, but fails while it runs, and says so, when the last of x is 4: a worker's trial does not find out."""
+    return _spoilt(
+        [
+            *_last_is_four(),
+            helper.make_node("Where", ["is_four", "wrong", "right"], ["shape"]),
+            helper.make_node("Reshape", ["x", "shape"], ["spoilt"]),
+        ],
+        {"right": np.array([-1, FEATURES]), "wrong": np.array([-1, 7]), **_FOUR},
+    )
+
+
+def crashing_at_four() -> onnx.ModelProto:
+    """As `mlp`, but kills its worker when the last of x is 4: the smallest integer, divided by -1, does not fit."""
+    return _spoilt(
+        [
+            *_last_is_four(),
+            helper.make_node("Where", ["is_four", "minus", "plus"], ["divisor"]),
+            helper.make_node("Div", ["smallest", "divisor"], ["never"]),
+            helper.make_node("Cast", ["never"], ["number"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["number", "zero"], ["nothing"]),
+            helper.make_node("Add", ["x", "nothing"], ["spoilt"]),
+        ],
+        {
+            "smallest": np.array([-(2**31)], np.int32),
+            "minus": np.array([-1], np.int32),
+            "plus": np.array([1], np.int32),
+            "zero": np.array([0], np.float32),
+            **_FOUR,
+        },
+    )
+
+
+_FOUR = {"last": np.array(FEATURES - 1), "four": np.array(4, np.float32)}
+
+
+def _last_is_four() -> list[onnx.NodeProto]:
+    """x → is_four [1]: whether the last feature of any row is 4."""
+    return [
+        helper.make_node("Gather", ["x", "last"], ["lasts"], axis=1),
+        helper.make_node("ReduceMax", ["lasts"], ["greatest"], keepdims=1),
+        helper.make_node("Equal", ["greatest", "four"], ["is_four"]),
+    ]
+
+
+def _spoilt(nodes: list[onnx.NodeProto], constants: dict[str, Array]) -> onnx.ModelProto:
+    """As `mlp(1)`, of `spoilt`, which the nodes make of x."""
+    model = mlp(1)
+    (first, *rest) = model.graph.node
+    first.input[0] = "spoilt"
+    spoilt = [*nodes, first, *rest]
+    del model.graph.node[:]
+    model.graph.node.extend(spoilt)
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
 def refused_at_load() -> onnx.ModelProto:
     """A valid model that no worker can load: onnxruntime has no kernel that takes a BF16 number to a power on a CPU."""
     shape = ("rows", 2)

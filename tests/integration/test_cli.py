@@ -176,7 +176,8 @@ def test_status_shows_every_part(lepton: Lepton, platform: Platform) -> None:
     assert status.json["url"] == platform.url
     parts = {each["name"]: each for each in status.json["parts"]}
     assert set(parts) == {
-        *("kafka", "postgres", "etcd", "envoy", "registry", "rollout", "gateway", "worker-1", "worker-2"),
+        *("kafka", "postgres", "etcd", "envoy", "registry", "rollout", "monitor", "gateway"),
+        *("worker-1", "worker-2"),
         "supervisor",
     }
     assert {name: each["pid"] for name, each in parts.items() if name != "supervisor"} == platform.pids()

@@ -19,6 +19,15 @@ _SECRET = re.compile(r"lp_[A-Za-z0-9_-]{43}")
 _PREFIX_CHARS = 11
 _REMEMBERED = 10_000
 
+# The tenant of whoever runs the platform: its admins are the operator's.
+DEFAULT_TENANT = "default"
+
+# What a scope brings with it: who changes what is served has to see it, and may try a version before others get it.
+_IMPLIED = {
+    Scope.DEPLOY: frozenset({Scope.READ, Scope.TEST}),
+    Scope.ADMIN: frozenset(Scope),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -30,8 +39,8 @@ class Caller:
     name: str
 
     def has(self, scope: Scope) -> bool:
-        """Whether the caller may do what needs the scope; `admin` may do everything."""
-        return scope in self.scopes or Scope.ADMIN in self.scopes
+        """Whether the caller may do what needs the scope: `deploy` may also read and test, `admin` everything."""
+        return scope in self.scopes or any(scope in _IMPLIED.get(each, ()) for each in self.scopes)
 
 
 class Keys:
@@ -72,6 +81,12 @@ class Keys:
 
     def _forget(self, key: str, record: KeyRecord | None) -> None:
         self._remembered.clear()
+
+
+def check_operator(caller: Caller) -> None:
+    """For what concerns every tenant: raises Forbidden unless the caller is the operator, an admin of `default`."""
+    if not caller.has(Scope.ADMIN) or caller.tenant != DEFAULT_TENANT:
+        raise Forbidden(f"this concerns every tenant: only an admin key of the tenant {DEFAULT_TENANT!r} may do this")
 
 
 def new_secret() -> tuple[str, str, str]:

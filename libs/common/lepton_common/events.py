@@ -75,7 +75,112 @@ class VersionPromoted(ModelEvent):
     previous: int | None = None
 
 
+# --- gateway --------------------------------------------------------------------------------------------------------
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class Tally(BaseModel):
+    """Requests by outcome. `latency` counts those with an answer by bucket, see `sketch.py`.
+
+    `client_errors` are the callers' own (4xx, and callers that left), `shed` was refused for load (429, 503 of a full
+    queue), `timeouts` are 504, `server_errors` all else from 500 on, the mesh's own answers included.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    ok: Count = 0
+    client_errors: Count = 0
+    server_errors: Count = 0
+    timeouts: Count = 0
+    shed: Count = 0
+    latency: dict[int, Count] = {}
+
+    @property
+    def requests(self) -> int:
+        return self.ok + self.client_errors + self.server_errors + self.timeouts + self.shed
+
+    @property
+    def errors(self) -> int:
+        """What counts against a version: server errors and time-outs. Being shed speaks of load, not of the version."""
+        return self.server_errors + self.timeouts
+
+
+class VersionWindow(Tally):
+    """One version's second. `forced`: the callers named the version, so the split had no say.
+
+    `users` counts each user once, by the worst that befell them, where one user stays on one version. `counters` are
+    occurrences of events that the platform does not know, by name.
+    """
+
+    version: int
+    pool: str = ""
+    forced: bool = False
+    users: Tally | None = None
+    counters: dict[str, Count] = {}
+
+
+class ShadowWindow(BaseModel):
+    """Answers of a shadowed version beside the stable's on the same requests.
+
+    `only_stable_right` and `only_shadow_right` count the pairs of which the label was known and just one was right.
+    `dropped`: pairs that were not made, to spare the live traffic.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    version: int
+    agreed: Count = 0
+    disagreed: Count = 0
+    both_right: Count = 0
+    both_wrong: Count = 0
+    only_stable_right: Count = 0
+    only_shadow_right: Count = 0
+    failed: Count = 0
+    dropped: Count = 0
+    latency: dict[int, Count] = {}
+
+
+class InferenceWindow(ModelEvent):
+    """What one gateway saw of one model in one second, whole: a later one of the same second replaces it.
+
+    `second` is in Unix time, by when the answers were given. `epoch` tells a gateway's lives apart. Lossy: sent past
+    the outbox. `in_flight` is at the second's end.
+    """
+
+    topic = "lepton.telemetry"
+    gateway: str
+    epoch: int
+    second: int
+    versions: tuple[VersionWindow, ...] = ()
+    shadow: ShadowWindow | None = None
+    in_flight: Count = 0
+
+
+# --- monitor --------------------------------------------------------------------------------------------------------
+
+
+class WindowClosed(ModelEvent):
+    """One second of a model over all gateways, final. All versions are in one event, so no one sees half a comparison.
+
+    `sequence` counts the model's closed windows without a gap: who misses one knows.
+    """
+
+    topic = "lepton.windows"
+    second: int
+    sequence: int
+    gateways: int
+    versions: tuple[VersionWindow, ...] = ()
+    shadow: ShadowWindow | None = None
+    in_flight: Count = 0
+
+
 # --- rollout --------------------------------------------------------------------------------------------------------
+
+
+class PolicySet(ModelEvent):
+    """From now on the model's versions come to live traffic by this policy."""
+
+    policy: dict[str, Any]
+    actor: str = ""
 
 
 class RolloutEvent(ModelEvent):
@@ -98,19 +203,68 @@ class TrafficShifted(RolloutEvent):
 
     percent: Annotated[float, Field(ge=0, le=100)]
     reason: str
+    actor: str = ""
+
+
+class RolloutHeld(RolloutEvent):
+    """The rollout waits for a person, and why; `page`: somebody should look now."""
+
+    reason: str
+    page: bool = False
+    actor: str = ""
+
+
+class RolloutSteered(RolloutEvent):
+    """A person said what a rollout is to do: `command` is pause, resume, promote, abort or approve."""
+
+    command: str
+    actor: str
+    reason: str = ""
 
 
 class RolloutFinished(RolloutEvent):
-    """The rollout is over: `promoted`, or `failed` with the stable version untouched."""
+    """The rollout is over: `promoted`, `rolled_back` (it was worse), `aborted` (by a person or a newer version), or
+    `failed` before it had any traffic. But for a promotion the traffic is where it was before."""
 
     outcome: str
     reason: str
     previous: int | None = None
+    evidence: dict[str, Any] = {}
+
+
+class MeshTaken(ModelEvent):
+    """Somebody moves the model's traffic by hand, with a VirtualService of their own."""
+
+    topic = "lepton.rollouts"
+    actor: str
+    reason: str = ""
+    spec: dict[str, Any]
+
+
+class MeshReturned(ModelEvent):
+    """The model's traffic is rollout's again."""
+
+    topic = "lepton.rollouts"
+    actor: str
 
 
 _TYPES: dict[str, type[Event]] = {
     kind.__name__: kind
-    for kind in (ModelCreated, VersionRegistered, VersionPromoted, RolloutStarted, TrafficShifted, RolloutFinished)
+    for kind in (
+        ModelCreated,
+        VersionRegistered,
+        VersionPromoted,
+        InferenceWindow,
+        WindowClosed,
+        PolicySet,
+        RolloutStarted,
+        TrafficShifted,
+        RolloutHeld,
+        RolloutSteered,
+        RolloutFinished,
+        MeshTaken,
+        MeshReturned,
+    )
 }
 
 

@@ -26,8 +26,9 @@ from lepton_common.kafka_lanes import Lanes
 from lepton_common.telemetry import Telemetry, extract_kafka
 from lepton_common.topics import dead_letters as dead_letter_topic
 
-# A transient failure is tried this often. After that it counts as the event's own fault, but only if other events
-# were handled meanwhile: when nothing works, the events are not to blame and wait, in order, for up to GIVE_UP_S.
+# A failed try speaks against the event only if other events were handled since the try before; after so many of those
+# it is given up. When nothing works, the events are not to blame and wait, in order, for up to GIVE_UP_S. One success
+# of another event is no proof: at the begin and the end of an outage some get through while others do not.
 TRIES = 5
 GIVE_UP_S = 3600.0
 STALL_S = 30.0
@@ -190,21 +191,20 @@ class KafkaBus:
 
     async def _deliver(self, record: ConsumerRecord, kind: str, event: Event, handler: Handler) -> None:
         began, first_failure = time.monotonic(), None
-        handled, tries = self._handled, 0
+        handled, tries, against = self._handled, 0, 0
 
         def again(error: Exception) -> bool:
             nonlocal first_failure
             first_failure = first_failure or datetime.now(UTC)
-            if not _retryable(error):
-                return False
-            nothing_works = self._handled == handled and time.monotonic() - began < GIVE_UP_S
-            return tries < TRIES or nothing_works
+            return _retryable(error) and against < TRIES and time.monotonic() - began < GIVE_UP_S
 
         try:
             async for attempt in stamina.retry_context(
                 again, attempts=None, timeout=None, wait_max=10.0, wait_jitter=0.5
             ):
                 tries = attempt.num
+                against += self._handled != handled
+                handled = self._handled
                 with attempt:
                     await handler(event)
         except Exception as error:

@@ -95,6 +95,9 @@ class Producer:
             except (KafkaError, OSError) as error:
                 await producer.stop()
                 raise Unavailable("the event bus is not available", retry_after_s=1) from error
+            except asyncio.CancelledError:
+                await producer.stop()
+                raise
             self._producer = producer
         return self._producer
 

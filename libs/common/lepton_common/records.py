@@ -8,7 +8,7 @@
 """
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
@@ -51,8 +51,48 @@ class Limits(Record):
     timeout_ms: Annotated[int, Field(ge=1)] = 30_000
 
 
+class Shadow(Record):
+    """A version that gets a copy of the stable's requests. Callers never see its answers."""
+
+    version: int
+    percent: Annotated[float, Field(ge=0, le=100)]
+
+
+class Sticky(Record):
+    """One user stays on one version. `by` is the header that names the user, or "key" for the caller's API key.
+
+    `salt` spreads the users anew each time, so that not always the same ones are first.
+    """
+
+    by: str
+    salt: str = ""
+
+
+class VersionMatch(Record):
+    """Requests that carry the header with this value go to the version, whatever the split says."""
+
+    header: str
+    value: str
+    version: int
+
+
+class Hand(Record):
+    """A person moves the traffic: `spec` is that of their Istio VirtualService, checked. It goes before the split.
+
+    `versions` are those that it leads to.
+    """
+
+    by: str
+    at: AwareDatetime
+    spec: dict[str, Any]
+    versions: tuple[int, ...] = ()
+
+
 class Serving(Record):
-    """What is served of one model. A version without a share of the split is warm: loaded, and called by its number."""
+    """What is served of one model. A version without a share of the split is warm: loaded, and called by its number.
+
+    `forwarded`: headers of callers, in lower case, that the mesh routes this model by.
+    """
 
     tenant: str
     model: str
@@ -62,6 +102,11 @@ class Serving(Record):
     split: tuple[Share, ...] = ()
     versions: tuple[Assigned, ...] = ()
     limits: Limits = Limits()
+    shadow: Shadow | None = None
+    sticky: Sticky | None = None
+    matches: tuple[VersionMatch, ...] = ()
+    hand: Hand | None = None
+    forwarded: tuple[str, ...] = ()
 
     @property
     def ref(self) -> ModelRef:
@@ -105,8 +150,11 @@ class WorkerState(Record):
 
 
 class Scope(StrEnum):
+    """What a key may do; `auth.Caller.has` says which scopes bring others with them."""
+
     INFER = "infer"
     READ = "read"
+    TEST = "test"
     DEPLOY = "deploy"
     ADMIN = "admin"
 

@@ -81,16 +81,29 @@ class Service:
             registry=telemetry.registry,
         )
 
-    def decide(self, kind: type[E], handler: "Callable[[E, Tx], Awaitable[None]]") -> None:
-        """Each event of that kind takes effect once: `handler` and the note that it ran are one transaction."""
+    def decide(
+        self,
+        kind: type[E],
+        handler: "Callable[[E, Tx], Awaitable[None]]",
+        *,
+        keyed: bool = False,
+        after: Callable[[], None] | None = None,
+    ) -> None:
+        """Each event of that kind takes effect once: `handler` and the note that it ran are one transaction.
+
+        `keyed`: the handler writes rows that are keyed by what the event is about, so that a repeat changes nothing and
+        no note is kept: for events by the second. `after` is called once the transaction is committed.
+        """
         if self._db is None or self._bus is None:
             raise ValueError(f"{self.name} cannot hear {kind.__name__}: it has no database or no bus")
         db, consumer = self._db, self.name
 
         async def handle(event: E) -> None:
             async with db.transaction() as tx:
-                if await tx.first_time(consumer, event.id):
+                if keyed or await tx.first_time(consumer, event.id):
                     await handler(event, tx)
+            if after:
+                after()
 
         self._bus.subscribe(kind, handle)
         self._hears = True

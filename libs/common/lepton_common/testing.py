@@ -153,8 +153,8 @@ def etcd_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
 
 @pytest.fixture
 async def etcd(etcd_server: Etcd) -> AsyncIterator[EtcdClient]:
-    """A client of an etcd without any key of Lepton's."""
-    client = EtcdClient(etcd_server.address)
+    """A client of an etcd without any key of Lepton's. It has more patience than a service: the machine may be busy."""
+    client = EtcdClient(etcd_server.address, timeout_s=30)
     found, _ = await client.list("/lepton/")
     await asyncio.gather(*(client.delete(each.key) for each in found))
     yield client

@@ -31,6 +31,8 @@ def dead_letters(topic: str) -> str:
 _EVENTS = (
     Topic("lepton.models", retention_days=30),
     Topic("lepton.rollouts", retention_days=30),
+    Topic("lepton.windows", retention_days=2),
+    Topic("lepton.telemetry", retention_days=1, partitions=12),
 )
 
 # A dead letter is the whole message and the reason, so it may be larger than any message.

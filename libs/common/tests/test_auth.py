@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from lepton_common.auth import Caller, Keys, digest, new_secret, secret_of
+from lepton_common.auth import Caller, Keys, check_operator, digest, new_secret, secret_of
 from lepton_common.errors import Forbidden, Unauthenticated, Unavailable
 from lepton_common.etcd import EtcdClient
 from lepton_common.records import KEYS, KeyRecord, Scope
@@ -62,6 +62,28 @@ async def test_a_missing_scope_is_forbidden_and_admin_has_them_all(etcd: EtcdCli
         keys.check(reader, Scope.ADMIN, NOW)
     for scope in Scope:
         assert keys.check(admin, scope, NOW).tenant == "acme"
+
+
+@pytest.mark.parametrize(
+    ("scope", "opened"),
+    [
+        (Scope.INFER, {Scope.INFER}),
+        (Scope.READ, {Scope.READ}),
+        (Scope.TEST, {Scope.TEST}),
+        (Scope.DEPLOY, {Scope.READ, Scope.TEST, Scope.DEPLOY}),
+        (Scope.ADMIN, set(Scope)),
+    ],
+)
+def test_a_scope_opens_what_it_needs_and_no_more(scope: Scope, opened: set[Scope]) -> None:
+    caller = Caller("acme", frozenset({scope}), "k1", "ci")
+    assert {each for each in Scope if caller.has(each)} == opened
+
+
+def test_the_operator_is_an_admin_of_the_default_tenant() -> None:
+    check_operator(Caller("default", frozenset({Scope.ADMIN}), "k1", "root"))
+    for tenant, scope in (("acme", Scope.ADMIN), ("default", Scope.DEPLOY)):
+        with pytest.raises(Forbidden, match="only an admin key of the tenant 'default'"):
+            check_operator(Caller(tenant, frozenset({scope}), "k1", "ci"))
 
 
 async def test_a_key_ends_at_its_expiry_also_when_it_was_used_before(etcd: EtcdClient, keys: Keys) -> None:

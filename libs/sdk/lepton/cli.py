@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lepton import cli_keys, cli_models, cli_platform, render
+from lepton import cli_keys, cli_mesh, cli_models, cli_platform, cli_policies, cli_rollouts, render
 from lepton.errors import Forbidden, LeptonError, NotFound, Unauthenticated, Unavailable, Unreachable
 
 # The first matching kind wins, so the narrower ones stand first; any other error is 1, wrong usage is 2.
@@ -58,6 +58,22 @@ app = typer.Typer(
 )
 app.add_typer(cli_platform.commands)
 app.add_typer(cli_models.commands)
+_TRAFFIC = "Traffic"
+app.add_typer(
+    cli_rollouts.commands,
+    name="rollout",
+    help="Bring a version to live traffic: start, watch, steer, explain.",
+    rich_help_panel=_TRAFFIC,
+)
+app.add_typer(
+    cli_policies.commands,
+    name="policy",
+    help="How versions come to live traffic: presets, and a model's own.",
+    rich_help_panel=_TRAFFIC,
+)
+app.add_typer(
+    cli_mesh.commands, name="mesh", help="Look at the mesh, or move traffic by hand.", rich_help_panel=_TRAFFIC
+)
 app.add_typer(cli_keys.commands, name="keys", help="Make, list and revoke API keys.", rich_help_panel="Keys")
 
 

@@ -23,7 +23,7 @@ def create(
     # typer only reads the list, so it may be shared.
     scope: Annotated[
         list[str],
-        typer.Option(help="infer, read, deploy or admin; may be repeated. `lepton deploy` and `push` need read too."),
+        typer.Option(help="infer, read, test, deploy or admin; may be repeated. deploy brings read and test with it."),
     ] = ["infer"],  # noqa: B006
     tenant: Annotated[str | None, typer.Option(help="Another tenant than your own.")] = None,
     days: Annotated[float | None, typer.Option(min=0, help="Days until it expires. Default: never.")] = None,

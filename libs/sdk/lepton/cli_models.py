@@ -29,7 +29,7 @@ def push(
     timeout: Timeout = 300.0,
     json: Json = False,
 ) -> None:
-    """Make a file a version of a model and serve it."""
+    """Make a file a version of a model and serve it: by the model's policy if it has one, else at once."""
     labels = dict(_pair(each) for each in label or [])
     metrics = {key: _number(key, text) for key, text in map(_pair, metric or [])}
     with connect(ctx) as client, progress_bars(quiet=json) as progress:
@@ -50,7 +50,7 @@ def push(
     if not deploy:
         console.print(f"{told} is registered. `lepton deploy {version.model} {version.version}` serves it.")
     elif not wait:
-        console.print(f"{told} is on its way. `lepton rollouts {version.model}` shows how far.")
+        console.print(f"{told} is on its way. `lepton rollout watch {version.model}` shows how far.")
     else:
         console.print(f"{told} serves all traffic. `lepton infer {version.model} --input x.json` calls it.")
 
@@ -103,7 +103,7 @@ def deploy(
     timeout: Timeout = 300.0,
     json: Json = False,
 ) -> None:
-    """Move all live traffic to a version."""
+    """Move all live traffic to a version at once, unjudged; `lepton rollout start` goes step by step."""
     with connect(ctx) as client, progress_bars(quiet=json) as progress:
         rollout = client.deploy(model, version, wait=wait, timeout=timeout, progress=progress)
     if json:

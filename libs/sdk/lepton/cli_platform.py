@@ -1,6 +1,7 @@
 """`lepton up`, `down`, `status`, `logs` and `doctor`: the local platform on the command line."""
 
 import contextlib
+import re
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -48,21 +49,29 @@ def up(
     workers: Annotated[
         int | None, typer.Option(min=1, max=64, help="Workers. Default: as before, at first one a core, at most 2.")
     ] = None,
+    pool: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=N", help="N workers in another pool, for rollouts that name it; 0 ends them. Repeat."
+        ),
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready; it runs on.")] = False,
 ) -> None:
     """Start the whole platform on this machine. It listens on loopback only; Ctrl-C, or `lepton down`, ends it."""
     from lepton.local import Detached
 
-    place = _home(home)
+    place, pools = _home(home), _pools(pool or [])
     place.create()
     if place.supervisor_pid():
         _wait_until_ready(place, lambda: None, _TIMEOUT_S)
-        console.print("It was running already." + (" `lepton down` first to change it." if port or workers else ""))
+        console.print(
+            "It was running already." + (" `lepton down` first to change it." if port or workers or pools else "")
+        )
     elif detach:
-        _wait_until_ready(place, Detached(place, port, workers).failure, _TIMEOUT_S)
+        _wait_until_ready(place, Detached(place, port, workers, pools).failure, _TIMEOUT_S)
         console.print("It runs in the background; `lepton down` ends it.")
     else:
-        _run_here(place, port, workers)
+        _run_here(place, port, workers, pools)
 
 
 @commands.command(rich_help_panel=_PANEL)
@@ -141,7 +150,20 @@ def _home(folder: Path | None) -> "Home":
     return Home.at(folder or endpoint.home())
 
 
-def _run_here(home: "Home", port: int | None, workers: int | None) -> None:
+def _pools(given: list[str]) -> dict[str, int]:
+    """The workers of other pools, from `NAME=N`."""
+    pools = {}
+    for each in given:
+        match = re.fullmatch(r"([a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)=([0-9]{1,2})", each)
+        if match is None:
+            raise typer.BadParameter(
+                f"{each[:80]!r}: expected a pool and its workers, such as canary=1", param_hint="--pool"
+            )
+        pools[match[1]] = int(match[2])
+    return pools
+
+
+def _run_here(home: "Home", port: int | None, workers: int | None, pools: dict[str, int]) -> None:
     """The platform ran until Ctrl-C, SIGTERM or the end of the terminal; now it has ended."""
     import math
     import signal
@@ -151,7 +173,7 @@ def _run_here(home: "Home", port: int | None, workers: int | None) -> None:
     endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     for number in endings:
         signal.signal(number, signal.default_int_handler)
-    supervisor = Background(home, port, workers)
+    supervisor = Background(home, port, workers, pools)
     try:
         _wait_until_ready(home, supervisor.failure, math.inf)
         console.print("Ctrl-C ends it.")

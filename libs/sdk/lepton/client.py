@@ -11,7 +11,7 @@ import orjson
 import stamina
 from pydantic import ValidationError
 
-from lepton import operations, upload
+from lepton import operations, operations_policies, operations_rollouts, upload
 from lepton.endpoint import Endpoint, find_endpoint
 from lepton.errors import DeadlineExceeded, LeptonError, Unreachable, error_of
 from lepton.flow import Ask, Flow, Pause, Reply, Work
@@ -50,7 +50,7 @@ class _Operation(Generic[P, T]):
 
 
 class _Operations:
-    """What both clients can do. Each is documented, with its errors, in `operations.py`."""
+    """What both clients can do. Each is documented, with its errors, where it is written: in `operations*.py`."""
 
     tenants = _Operation(operations.tenants)
     create_tenant = _Operation(operations.create_tenant)
@@ -64,12 +64,32 @@ class _Operations:
     versions = _Operation(operations.versions)
     version = _Operation(operations.version)
     timeline = _Operation(operations.timeline)
-    deploy = _Operation(operations.deploy)
-    rollback = _Operation(operations.rollback)
-    rollouts = _Operation(operations.rollouts)
-    rollout = _Operation(operations.rollout)
-    wait = _Operation(operations.wait_for)
-    serving = _Operation(operations.serving)
+    start_rollout = _Operation(operations_rollouts.start_rollout)
+    deploy = _Operation(operations_rollouts.deploy)
+    rollback = _Operation(operations_rollouts.rollback)
+    wait = _Operation(operations_rollouts.wait_for)
+    steer = _Operation(operations_rollouts.steer)
+    pause_rollout = _Operation(operations_rollouts.pause_rollout)
+    resume_rollout = _Operation(operations_rollouts.resume_rollout)
+    promote_rollout = _Operation(operations_rollouts.promote_rollout)
+    abort_rollout = _Operation(operations_rollouts.abort_rollout)
+    approve_rollout = _Operation(operations_rollouts.approve_rollout)
+    retry_rollout = _Operation(operations_rollouts.retry_rollout)
+    rollouts = _Operation(operations_rollouts.rollouts)
+    rollout = _Operation(operations_rollouts.rollout)
+    find_rollout = _Operation(operations_rollouts.find_rollout)
+    serving = _Operation(operations_rollouts.serving)
+    decisions = _Operation(operations_rollouts.decisions)
+    rollout_windows = _Operation(operations_rollouts.rollout_windows)
+    replay = _Operation(operations_rollouts.replay)
+    policies = _Operation(operations_policies.policies)
+    policy = _Operation(operations_policies.policy)
+    set_policy = _Operation(operations_policies.set_policy)
+    unset_policy = _Operation(operations_policies.unset_policy)
+    windows = _Operation(operations_policies.windows)
+    mesh = _Operation(operations_policies.mesh)
+    apply_mesh = _Operation(operations_policies.apply_mesh)
+    release_mesh = _Operation(operations_policies.release_mesh)
     metadata = _Operation(operations.metadata)
     infer = _Operation(operations.infer)
 

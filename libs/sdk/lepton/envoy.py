@@ -18,7 +18,7 @@ _FRONT_BUFFER_BYTES = 4 * 1024 * 1024
 # Services close a connection after 75 s without a request. Envoy does so earlier, or it would use one that just closes.
 _UPSTREAM_IDLE = "60s"
 _DOWNSTREAM_IDLE = "3600s"
-_SERVICES = ("gateway", "registry", "rollout")
+_SERVICES = ("gateway", "registry", "rollout", "monitor")
 
 # The connection's own address, whatever the client claims. Envoy itself would write the machine's outer address for a
 # client on loopback.
@@ -32,8 +32,8 @@ _OIP_ERROR = {"error": "%LOCAL_REPLY_BODY%"}
 
 @dataclass(frozen=True, slots=True)
 class Envoy:
-    """One Envoy. `services` says on which loopback ports gateway, registry and rollout listen; one that is left out
-    answers 503. The mesh's clusters, endpoints and routes are `mesh_dir`'s cds.json, eds/*.json and rds.json."""
+    """One Envoy. `services` says on which loopback ports gateway, registry, rollout and monitor listen; one that is
+    left out answers 503. The mesh's clusters, endpoints and routes are `mesh_dir`'s cds.json, eds/*.json, rds.json."""
 
     folder: Path
     mesh_dir: Path
@@ -108,11 +108,11 @@ class Envoy:
 
 
 def _front() -> dict[str, Any]:
-    """The front door's connection manager: `/v2` to the gateway, `/v1` to registry and rollout."""
+    """The front door's connection manager: `/v2` to the gateway, `/v1` to registry, rollout and monitor."""
     routes = [
         _route("/v2", "gateway", repeatable=True),
-        _route("/v1/rollouts", "rollout"),
-        _route("/v1/serving", "rollout"),
+        *(_route(f"/v1/{noun}", "rollout") for noun in ("rollouts", "serving", "policies", "mesh")),
+        _route("/v1/windows", "monitor"),
         _route("/v1", "registry"),
         {
             "match": {"prefix": "/"},

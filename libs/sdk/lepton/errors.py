@@ -65,7 +65,7 @@ class Conflict(LeptonError): ...
 
 
 class RolloutFailed(LeptonError):
-    default_hint = "`lepton rollouts` and `lepton timeline MODEL` tell what happened; `lepton logs worker` shows more."
+    default_hint = "`lepton rollout explain MODEL` tells what happened; `lepton logs worker` shows more."
 
 
 class Unavailable(LeptonError):

@@ -65,11 +65,15 @@ Flow: TypeAlias = Generator[Ask | Work | Pause, Any, T]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a long operation is: `done` of `total` (bytes of an upload, percent of traffic of a deployment)."""
+    """How far a long operation is: `done` of `total` (bytes of an upload, percent of traffic of a deployment).
+
+    `note` is what it waits for, where that is known.
+    """
 
     stage: str
     done: float
     total: float
+    note: str = ""
 
 
 OnProgress: TypeAlias = Callable[[Progress], None]

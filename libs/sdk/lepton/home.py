@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any
@@ -59,13 +59,14 @@ class PartState:
 @dataclass(frozen=True, slots=True)
 class Layout:
     """What the platform consists of: the front door's URL, Kafka's address, the ports by role, and the parts in the
-    order in which they depend on each other."""
+    order in which they depend on each other. `pools` are the workers of other pools than the usual one."""
 
     url: str
     kafka: str
     ports: dict[str, int]
     parts: list[str]
     workers: int
+    pools: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,8 @@ class Home:
         try:
             ports = {str(role): int(port) for role, port in content["ports"].items()}
             parts = [str(name) for name in content["parts"]]
-            return Layout(str(content["url"]), str(content["kafka"]), ports, parts, int(content["workers"]))
+            pools = {str(pool): int(count) for pool, count in content.get("pools", {}).items()}
+            return Layout(str(content["url"]), str(content["kafka"]), ports, parts, int(content["workers"]), pools)
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
 

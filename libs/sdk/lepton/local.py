@@ -1,6 +1,7 @@
 """What `lepton up`, `down` and `status` do: start a supervisor, follow it, end it, and look at what it runs.
 
-`python -m lepton.local HOME PORT WORKERS` is the supervisor of a detached platform; 0 stands for "not given".
+`python -m lepton.local HOME PORT WORKERS [POOL=WORKERS …]` is the supervisor of a detached platform; 0 stands for "not
+given".
 """
 
 import contextlib
@@ -9,10 +10,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
@@ -23,6 +25,7 @@ from lepton.processes import Recipe, StartFailed, end, http_get, tail
 from lepton.supervisor import cap_log, stop_leftovers, supervise
 
 SUPERVISOR = "supervisor"
+NO_POOLS: Mapping[str, int] = MappingProxyType({})
 _POLL_S = 0.1
 _CPU_SAMPLE_S = 0.3
 # The supervisor itself gives each of three stages 20 s.
@@ -61,16 +64,16 @@ class PlatformStatus:
 class Background:
     """A supervisor in this process, beside the terminal that shows it."""
 
-    def __init__(self, home: Home, port: int | None, workers: int | None) -> None:
+    def __init__(self, home: Home, port: int | None, workers: int | None, pools: Mapping[str, int] = NO_POOLS) -> None:
         self._stop = threading.Event()
         self._ended = threading.Event()
         self._failure: LeptonError | None = None
-        self._thread = threading.Thread(target=self._run, args=(home, port, workers), name=SUPERVISOR)
+        self._thread = threading.Thread(target=self._run, args=(home, port, workers, pools), name=SUPERVISOR)
         self._thread.start()
 
-    def _run(self, home: Home, port: int | None, workers: int | None) -> None:
+    def _run(self, home: Home, port: int | None, workers: int | None, pools: Mapping[str, int]) -> None:
         try:
-            supervise(home, port, workers, self._stop)
+            supervise(home, port, workers, pools, self._stop)
         except StartFailed as error:
             self._failure = LeptonError(str(error), hint="`lepton doctor` says what is missing.")
         except LeptonError as error:
@@ -95,12 +98,13 @@ class Background:
 class Detached:
     """A supervisor in a process of its own, which outlives this one."""
 
-    def __init__(self, home: Home, port: int | None, workers: int | None) -> None:
+    def __init__(self, home: Home, port: int | None, workers: int | None, pools: Mapping[str, int] = NO_POOLS) -> None:
         self._log = home.log(SUPERVISOR)
         cap_log(self._log)
+        given = [str(home.folder), str(port or 0), str(workers or 0), *(f"{pool}={n}" for pool, n in pools.items())]
         with self._log.open("ab") as out:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "lepton.local", str(home.folder), str(port or 0), str(workers or 0)],
+                [sys.executable, "-m", "lepton.local", *given],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -172,7 +176,7 @@ def status(home: Home) -> PlatformStatus | None:
     layout, running = home.layout(), home.leftovers() if home.folder.is_dir() else {}
     if layout is None or not running:
         return None
-    _, stages = make_parts(home, layout.ports, layout.workers)
+    _, stages = make_parts(home, layout.ports, layout.workers, layout.pools)
     recipes = {part.name: part for stage in stages for part in stage}
     with ThreadPoolExecutor(max_workers=16) as threads:
         parts = list(threads.map(lambda name: _part_status(home, name, recipes.get(name), layout.ports), layout.parts))
@@ -249,11 +253,12 @@ def _memory(processes: list[psutil.Process]) -> tuple[int, int]:
 def main() -> None:
     """The supervisor of a detached platform, until SIGTERM."""
     folder, port, workers = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    pools = {pool: int(count) for pool, _, count in (each.partition("=") for each in sys.argv[4:])}
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
     try:
-        supervise(Home.at(Path(folder)), port or None, workers or None, stop)
+        supervise(Home.at(Path(folder)), port or None, workers or None, pools, stop)
     except (LeptonError, StartFailed) as error:
         raise SystemExit(str(error)) from None
 

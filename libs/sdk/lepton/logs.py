@@ -31,7 +31,7 @@ def log_files(folder: Path, service: str | None) -> dict[str, Path]:
     files = {path.stem: path for path in sorted(folder.glob("*.log"))}
     if service is None:
         return files
-    return {part: path for part, path in files.items() if part == service or part.rpartition("-")[0] == service}
+    return {part: path for part, path in files.items() if part == service or part.startswith(f"{service}-")}
 
 
 def last_lines(files: dict[str, Path], count: int) -> list[Line]:

@@ -60,10 +60,12 @@ class Page(Response, Generic[T]):
 
 
 class Scope(StrEnum):
-    """What a key may do: call models, read about them, change what is served, manage keys. `admin` implies the rest."""
+    """What a key may do: call models, read about them, call a version of one's own choice by header while others get
+    the split's, change what is served, manage keys. `deploy` implies `read` and `test`, `admin` everything."""
 
     INFER = "infer"
     READ = "read"
+    TEST = "test"
     DEPLOY = "deploy"
     ADMIN = "admin"
 
@@ -81,7 +83,7 @@ class NewKey(Request):
     """A key to make. `tenant` None means the caller's own; `expires_at` None means never."""
 
     name: Text
-    scopes: Annotated[list[Scope], Field(min_length=1, max_length=4)] = [Scope.INFER]
+    scopes: Annotated[list[Scope], Field(min_length=1, max_length=5)] = [Scope.INFER]
     tenant: Name | None = None
     expires_at: AwareDatetime | None = None
 
@@ -160,10 +162,15 @@ class NewVersion(Request):
 
 
 class VersionState(StrEnum):
-    """How a version's last rollout ended; `registered` when it has had none."""
+    """How a version's last rollout ended; `registered` when it has had none.
+
+    The version in production is `promoted` as long as it is there. Whether another one ever was, its timeline tells.
+    """
 
     REGISTERED = "registered"
     PROMOTED = "promoted"
+    ROLLED_BACK = "rolled_back"
+    ABORTED = "aborted"
     FAILED = "failed"
 
 
@@ -208,51 +215,7 @@ class TimelineEntry(Response):
     evidence: dict[str, JsonValue]
 
 
-# --- rollouts and what is served --------------------------------------------------------------------------------------
-
-
-class Strategy(StrEnum):
-    """How a version takes over live traffic: `immediate` moves all of it once a worker has the version ready."""
-
-    IMMEDIATE = "immediate"
-
-
-class NewRollout(Request):
-    """A version to bring to live traffic."""
-
-    model: Name
-    version: VersionNumber
-    strategy: Strategy = Strategy.IMMEDIATE
-
-
-class RolloutState(StrEnum):
-    """Workers load the version, then the mesh shifts traffic to it. `promoted` and `failed` are ends.
-
-    `failing` takes the version off the workers again; the traffic is where it was.
-    """
-
-    LOADING = "loading"
-    SHIFTING = "shifting"
-    PROMOTED = "promoted"
-    FAILING = "failing"
-    FAILED = "failed"
-
-
-class Rollout(Response):
-    """A version's way to live traffic. `previous` served before it; `percent` is the share it has brought it to."""
-
-    id: UUID
-    tenant: str
-    model: str
-    version: int
-    previous: int | None = None
-    strategy: Strategy
-    state: RolloutState
-    reason: str = ""
-    percent: float
-    actor: str = ""
-    started_at: datetime
-    finished_at: datetime | None = None
+# --- what is served ---------------------------------------------------------------------------------------------------
 
 
 class VersionChoice(Request):

@@ -1,27 +1,27 @@
-"""Everything a client can do, each operation once, as a flow (see `flow.py`)."""
+"""What a client can do, each operation once, as a flow (see `flow.py`): keys, models, inference.
+
+Rollouts are in `operations_rollouts.py`; policies, windows and the mesh in `operations_policies.py`.
+"""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
-from uuid import UUID
 
 from numpy.typing import ArrayLike
 from pydantic import TypeAdapter, ValidationError
 
 from lepton import tensors
-from lepton.errors import DeadlineExceeded, Invalid, NotFound, RolloutFailed
+from lepton.errors import Invalid
 from lepton.flow import (
     Ask,
     Flow,
     OnProgress,
-    Progress,
     ask,
     checked,
     get,
     get_list,
     get_pages,
     parsed,
-    pause,
     post,
     post_request,
     segment,
@@ -35,23 +35,15 @@ from lepton.models import (
     ModelMetadata,
     Name,
     NewKey,
-    NewRollout,
     NewTenant,
     NewVersion,
-    Rollout,
-    RolloutState,
     Scope,
-    ServingView,
     Tenant,
     TimelineEntry,
     Version,
 )
+from lepton.operations_rollouts import automatic, serves, start_usual, wait_for
 from lepton.upload import upload
-
-_POLL_S = 0.15
-# rollout hears of a new version over Kafka; until then it does not know the version that the registry just made.
-_HEARD_WITHIN_S = 30.0
-
 
 # --- tenants and keys -------------------------------------------------------------------------------------------------
 
@@ -134,11 +126,11 @@ def push(
 
     `model` is an ONNX file's path, an `onnx.ModelProto`, a torch module (with `example`, an input or a tuple of inputs)
     or a fitted scikit-learn estimator. `classes` names a classifier's classes; scikit-learn knows its own. `labels` and
-    `metrics` are kept with the version. With `deploy` all live traffic goes to it, and with `wait` this returns when it
-    does, after `timeout` seconds at most.
+    `metrics` are kept with the version. With `deploy` all live traffic goes to it, by the policy stored for the model
+    if there is one, else at once; with `wait` this returns when it does, after `timeout` seconds at most.
 
-    Raises Invalid when the model cannot be exported or served, RolloutFailed when no worker can load it,
-    DeadlineExceeded.
+    Raises Invalid when the model cannot be exported or served, RolloutFailed when no worker can load it or it proved
+    worse than the version before, DeadlineExceeded.
     """
     _check_name(name)
     from lepton import export  # onnx, and what the model was made with, are loaded only by who pushes.
@@ -157,99 +149,14 @@ def push(
     # The registry answers the same bytes with the same version, so a repeat is harmless.
     reply = yield from ask(post_request(path, wanted, repeatable=True))
     pushed = parsed(Version, reply)
-    if deploy and not (yield from _serves(pushed)):
+    if deploy and not (yield from serves(pushed)):
         first = reply.status == 201 and pushed.version == 1
-        started = _automatic(pushed, timeout) if first else _start(name, pushed.version)
+        started = automatic(pushed, timeout) if first else start_usual(name, pushed.version)
         if wait or not first:
             rollout = yield from started
             if wait:
                 yield from wait_for(rollout, timeout=timeout, progress=progress)
     return pushed
-
-
-# --- rollouts ---------------------------------------------------------------------------------------------------------
-
-
-def rollouts(model: str | None = None) -> Flow[list[Rollout]]:
-    """The rollouts of one model, or of all, the newest first."""
-    return get_list(Rollout, "/v1/rollouts", {"model": model} if model else {})
-
-
-def rollout(rollout_id: UUID | str) -> Flow[Rollout]:
-    """One rollout. Raises NotFound."""
-    return get(Rollout, f"/v1/rollouts/{segment(rollout_id)}")
-
-
-def serving(model: str) -> Flow[ServingView]:
-    """What is served of a model now. Raises NotFound when nothing ever was."""
-    return get(ServingView, f"/v1/serving/{segment(model)}")
-
-
-def deploy(
-    model: str, version: int, *, wait: bool = True, timeout: float = 300.0, progress: OnProgress | None = None
-) -> Flow[Rollout]:
-    """All live traffic goes to the version, with `wait` before this returns.
-
-    Raises NotFound, Conflict when another version is on its way, RolloutFailed, DeadlineExceeded.
-    """
-    started = yield from _start(model, version)
-    return (yield from wait_for(started, timeout=timeout, progress=progress)) if wait else started
-
-
-def rollback(
-    model: str, *, wait: bool = True, timeout: float = 300.0, progress: OnProgress | None = None
-) -> Flow[Rollout]:
-    """All live traffic goes back to the version that served before. Raises Conflict when there was none."""
-    started = yield from post(Rollout, f"/v1/serving/{segment(model)}/rollback")
-    return (yield from wait_for(started, timeout=timeout, progress=progress)) if wait else started
-
-
-def wait_for(rollout: Rollout, *, timeout: float = 300.0, progress: OnProgress | None = None) -> Flow[Rollout]:
-    """The rollout, promoted. Raises RolloutFailed with the reason, DeadlineExceeded after `timeout` seconds."""
-    start = now = yield from pause(0)
-    while True:
-        rollout = yield from get(Rollout, f"/v1/rollouts/{rollout.id}")
-        if progress:
-            progress(Progress(rollout.state.value, rollout.percent, 100))
-        name = f"{rollout.model} version {rollout.version}"
-        match rollout.state:
-            case RolloutState.PROMOTED:
-                return rollout
-            case RolloutState.FAILED:
-                raise RolloutFailed(f"{name} was not deployed: {rollout.reason}")
-        if now - start >= timeout:
-            raise DeadlineExceeded(
-                f"{name} is still {rollout.state} after {timeout:g} s.", hint=RolloutFailed.default_hint
-            )
-        now = yield from pause(_POLL_S)
-
-
-def _start(model: str, version_number: int) -> Flow[Rollout]:
-    """A rollout of the version: the one that is on its way, else a new one."""
-    wanted = checked(NewRollout, model=model, version=version_number)
-    start = now = yield from pause(0)
-    while True:
-        try:
-            return (yield from post(Rollout, "/v1/rollouts", wanted, repeatable=True))
-        except NotFound:
-            yield from version(model, version_number)  # Raises NotFound itself, unless rollout will hear of it soon.
-            if now - start >= _HEARD_WITHIN_S:
-                raise
-        now = yield from pause(_POLL_S)
-
-
-def _automatic(pushed: Version, timeout: float) -> Flow[Rollout]:
-    """The rollout that starts by itself when a model's first version is registered."""
-    start = now = yield from pause(0)
-    while now - start < timeout:
-        for each in (yield from rollouts(pushed.model)):
-            if each.version == pushed.version:
-                return each
-        now = yield from pause(_POLL_S)
-    raise DeadlineExceeded(
-        f"{pushed.model} version {pushed.version} is registered, but its rollout did not start in {timeout:g} s.",
-        hint="`lepton status` shows whether rollout and Kafka run; the rollout starts when they do.",
-    )
 
 
 def _check_name(model: str) -> None:
@@ -259,15 +166,6 @@ def _check_name(model: str) -> None:
     except ValidationError as error:
         hint = "A name is 1 to 63 lower-case letters, digits or hyphens, with no hyphen at its ends."
         raise Invalid(f"{model!r} cannot be a model's name.", hint=hint) from error
-
-
-def _serves(pushed: Version) -> Flow[bool]:
-    """Whether the version takes all live traffic already."""
-    try:
-        now = yield from serving(pushed.model)
-    except NotFound:
-        return False
-    return [(share.version, share.percent) for share in now.split] == [(pushed.version, 100)]
 
 
 # --- inference --------------------------------------------------------------------------------------------------------

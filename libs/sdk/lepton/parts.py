@@ -4,8 +4,10 @@ import hashlib
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from lepton.envoy import Envoy
 from lepton.home import Home, Layout
@@ -42,15 +44,24 @@ class Service:
         return None if status == 200 else body.decode(errors="replace")[:300]
 
 
-def worker_names(count: int) -> list[str]:
-    return [f"worker-{number}" for number in range(1, count + 1)]
+def worker_pools(workers: int, pools: Mapping[str, int]) -> dict[str, str]:
+    """The pool of every worker by the worker's name, "" for the usual one."""
+    names = {f"worker-{number}": "" for number in range(1, workers + 1)}
+    return names | {f"worker-{pool}-{number}": pool for pool, count in pools.items() for number in range(1, count + 1)}
 
 
-def choose_ports(front: int | None, workers: int, before: dict[str, int], *, keep: bool) -> dict[str, int]:
+def choose_ports(
+    front: int | None,
+    workers: int,
+    before: dict[str, int],
+    *,
+    keep: bool,
+    pools: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, int]:
     """Every role's port. Those chosen `before` stay, unless something else took one meanwhile; with `keep` they stay
     in any case, because a part that still runs knows them. The front door is at 8080 when that is free."""
     roles = ["front", "mesh", "envoy-admin", "kafka", "kafka-controller", "postgres", "etcd", "etcd-peer"]
-    roles += ["registry", "rollout", "gateway", *worker_names(workers)]
+    roles += ["registry", "rollout", "monitor", "gateway", *worker_pools(workers, pools)]
     wanted = {"front": FRONT_PORT} | before
     if front and not keep:
         wanted["front"] = front
@@ -58,7 +69,9 @@ def choose_ports(front: int | None, workers: int, before: dict[str, int], *, kee
     return {role: wanted[role] if role in wanted and (keep or is_free(wanted[role])) else next(spare) for role in roles}
 
 
-def make_parts(home: Home, ports: dict[str, int], workers: int) -> tuple[Layout, list[list[Recipe]]]:
+def make_parts(
+    home: Home, ports: dict[str, int], workers: int, pools: Mapping[str, int] = MappingProxyType({})
+) -> tuple[Layout, list[list[Recipe]]]:
     """Every part of the platform in three stages: the servers, Lepton's services on them, Envoy before these.
 
     LEPTON_KAFKA, LEPTON_POSTGRES_DSN and LEPTON_ETCD name existing servers that are used instead of own ones.
@@ -78,12 +91,13 @@ def make_parts(home: Home, ports: dict[str, int], workers: int) -> tuple[Layout,
         kafka = _kafka(home, ports)
         servers.append(kafka)
         settings["LEPTON_KAFKA"] = kafka.address
-    upstreams = {name: ports[name] for name in ("gateway", "registry", "rollout")}
+    upstreams = {name: ports[name] for name in ("gateway", "registry", "rollout", "monitor")}
     folder, mesh_dir = home.folder / "envoy", home.folder / "mesh"
     envoy = Envoy(folder, mesh_dir, upstreams, ports["front"], ports["mesh"], ports["envoy-admin"])
-    stages: list[list[Recipe]] = [servers, _services(home, ports, workers, envoy, settings), [envoy]]
+    services = _services(home, ports, worker_pools(workers, pools), envoy, settings)
+    stages: list[list[Recipe]] = [servers, services, [envoy]]
     names = [part.name for stage in stages for part in stage]
-    return Layout(envoy.url, settings["LEPTON_KAFKA"], ports, names, workers), stages
+    return Layout(envoy.url, settings["LEPTON_KAFKA"], ports, names, workers, dict(pools)), stages
 
 
 def _kafka(home: Home, ports: dict[str, int]) -> Kafka | MockKafka:
@@ -93,30 +107,35 @@ def _kafka(home: Home, ports: dict[str, int]) -> Kafka | MockKafka:
     return MockKafka(home.folder / "kafka", ports["kafka"])
 
 
-def _services(home: Home, ports: dict[str, int], workers: int, envoy: Envoy, servers: dict[str, str]) -> list[Recipe]:
-    """registry, rollout, gateway and the workers; `servers` are the settings all of them have."""
+def _services(
+    home: Home, ports: dict[str, int], workers: Mapping[str, str], envoy: Envoy, servers: dict[str, str]
+) -> list[Recipe]:
+    """registry, rollout, monitor, gateway and the workers, with their pools; `servers` are the settings all have."""
     blobs = str(home.folder / "blobs")
     # Workers share the machine's cores.
-    instances = max(1, (os.cpu_count() or 1) // workers)
-    own = {
+    instances = max(1, (os.cpu_count() or 1) // len(workers))
+    own: dict[str, dict[str, str]] = {
         "registry": {
             "LEPTON_BLOBS": blobs,
             "LEPTON_STAGING": str(home.folder / "registry" / "staging"),
             "LEPTON_BOOTSTRAP_KEY_SHA256": hashlib.sha256(home.key().encode()).hexdigest(),
         },
         "rollout": {"LEPTON_MESH_DIR": str(envoy.mesh_dir), "LEPTON_ENVOY_ADMIN": envoy.admin},
+        "monitor": {},
         "gateway": {
+            "LEPTON_GATEWAY_ID": "gateway",
             "LEPTON_MESH": envoy.mesh,
             "LEPTON_ROLLOUT_URL": f"http://127.0.0.1:{ports['rollout']}",
             "LEPTON_KEYLESS_LOOPBACK": "true",
         },
     }
-    for name in worker_names(workers):
+    for name, pool in workers.items():
         own[name] = {
             "LEPTON_WORKER_ID": name,
             "LEPTON_BLOBS": blobs,
             "LEPTON_CACHE": str(home.folder / name / "cache"),
             "LEPTON_INSTANCES": os.environ.get("LEPTON_INSTANCES") or str(instances),
+            **({"LEPTON_POOL": pool} if pool else {}),
         }
     return [
         Service(name, home.folder / name, f"lepton_{name.partition('-')[0]}.main", ports[name], {**servers, **settings})

@@ -32,6 +32,9 @@ _STATE_STYLES = {
     "loading": "yellow",
     "shifting": "yellow",
     "failing": "red",
+    "rolled_back": "red",
+    "aborted": "yellow",
+    "queued": "yellow",
 }
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
 _STAGES = {
@@ -41,6 +44,9 @@ _STAGES = {
     "promoted": "Live",
     "failing": "Giving up",
     "failed": "Failed",
+    "rolled_back": "Taken back",
+    "aborted": "Given up",
+    "queued": "Waits for its turn",
 }
 
 
@@ -67,10 +73,19 @@ def print_json(value: Any) -> None:
     """The value as indented JSON on stdout; NaN and infinities are null."""
     import orjson
 
-    def plain(shape: "BaseModel") -> Any:
-        return shape.model_dump(mode="json")
+    console.file.write(orjson.dumps(value, default=_plain, option=orjson.OPT_INDENT_2).decode() + "\n")
 
-    console.file.write(orjson.dumps(value, default=plain, option=orjson.OPT_INDENT_2).decode() + "\n")
+
+def print_json_line(value: Any) -> None:
+    """The value as JSON in one line on stdout, at once."""
+    import orjson
+
+    console.file.write(orjson.dumps(value, default=_plain).decode() + "\n")
+    console.file.flush()
+
+
+def _plain(shape: "BaseModel") -> Any:
+    return shape.model_dump(mode="json")
 
 
 def print_error(error: LeptonError) -> None:
@@ -134,6 +149,7 @@ def progress_bars(*, quiet: bool = False) -> Iterator["OnProgress"]:
         if not tasks:
             tasks.append(bars.add_task("", amount=""))
         amount = f"{size(progress.done)} of {size(progress.total)}" if uploading else f"{progress.done:g} % of traffic"
+        amount += f" [dim]{escape(progress.note)}[/]" if progress.note else ""
         # While workers load there is no share to show, so the bar pulses.
         total = None if progress.stage == "loading" else progress.total
         description = _STAGES.get(progress.stage, progress.stage)

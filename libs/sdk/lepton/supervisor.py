@@ -10,6 +10,7 @@ import resource
 import shutil
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +30,13 @@ _LOG_CHECK_S = 5.0
 _OPEN_FILES = 65_536
 
 
-def supervise(home: Home, front_port: int | None, workers: int | None, stop: threading.Event) -> None:
+def supervise(
+    home: Home, front_port: int | None, workers: int | None, pools: Mapping[str, int], stop: threading.Event
+) -> None:
     """The platform in `home` ran until `stop` was set; now nothing of it runs.
 
     A front door or a number of workers that is not given stays what it was; at first 8080 and one a core, at most two.
+    `pools` are other pools by their number of workers; one that is not given stays what it was, and 0 ends it.
     Raises Conflict when someone else runs it or something else listens on the front door's port.
     """
     _allow_open_files()
@@ -46,8 +50,9 @@ def supervise(home: Home, front_port: int | None, workers: int | None, stop: thr
             running = {}
         if front_port and not running and not is_free(front_port):
             raise Conflict(f"Something else listens on port {front_port}.", hint="Choose another one with --port.")
-        ports = choose_ports(front_port, workers, before.ports if before else {}, keep=bool(running))
-        layout, stages = make_parts(home, ports, workers)
+        pools = {name: count for name, count in ({**(before.pools if before else {}), **pools}).items() if count}
+        ports = choose_ports(front_port, workers, before.ports if before else {}, keep=bool(running), pools=pools)
+        layout, stages = make_parts(home, ports, workers, pools)
         strangers = running.keys() - set(layout.parts)
         _end_all(home, {name: running[name] for name in strangers})
         for state in home.parts():
@@ -63,7 +68,7 @@ def stop_leftovers(home: Home) -> list[str]:
     with home.locked():
         running = home.leftovers()
         if layout := home.layout():
-            _, stages = make_parts(home, layout.ports, layout.workers)
+            _, stages = make_parts(home, layout.ports, layout.workers, layout.pools)
             _stop_stages(home, [[p for part in stage if (p := _adopt(home, part, running))] for stage in stages])
         _end_all(home, home.leftovers())
         return list(running)

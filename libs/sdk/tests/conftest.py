@@ -12,16 +12,13 @@ from uuid import uuid4
 
 import orjson
 import pytest
+from lepton import Client
+from lepton.cli import app
 from lepton.models import (
     CreatedKey,
     Model,
     Page,
-    Rollout,
-    RolloutState,
-    ServingView,
-    Strategy,
     TimelineEntry,
-    TrafficShare,
     Upload,
     Version,
 )
@@ -29,6 +26,9 @@ from lepton_common import oip
 from lepton_common.errors import LeptonError, status_of
 from lepton_common.signature import Signature, TensorSpec
 from pydantic import BaseModel
+from typer.testing import CliRunner, Result
+
+from libs.sdk.tests.traffic import ROUTES, Answer, Traffic, not_found
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SECRET = "lp_secret"
@@ -38,30 +38,20 @@ KEY_ID = "0123456789abcdef"
 SPECS = (TensorSpec("x", "FP32", (-1, 2)), TensorSpec("text", "BYTES", (-1,)), TensorSpec("n", "INT64", (-1,)))
 
 
-class Answer(Exception):  # Not always an error.
-    """Ends a request with a status and a body."""
-
-    def __init__(self, status: int, body: object = b"", headers: dict[str, str] | None = None) -> None:
-        self.status, self.body, self.headers = status, body, headers or {}
-
-
-class Platform:
+class Platform(Traffic):
     """What it was sent, what it stores, and the faults to come."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.url = ""
         self.requests: list[str] = []
         self.artifacts: dict[str, bytes] = {}
         self.staged: dict[str, bytearray] = {}
         self.versions: dict[str, list[Version]] = {}
-        self.rollouts: list[Rollout] = []
-        self.stable: dict[str, int] = {}
         self.keys: list[CreatedKey] = []
         self.signature = Signature(SPECS[:1], SPECS[:1])
         self.broken_uploads: list[int] = []  # For each upload to break: after how many bytes.
         self.answers: list[Answer] = []  # Given to the next requests, whatever they are.
-        self.unheard = 0  # How often rollout answers that it has not heard of a version.
-        self.outcome = RolloutState.PROMOTED
 
     def counted(self, start: str) -> int:
         return sum(line.startswith(start) for line in self.requests)
@@ -169,70 +159,6 @@ class Platform:
     def delete_key(self, _: "Request", key: str) -> None:
         raise Answer(204) if key == KEY_ID else not_found(f"there is no key {key!r}")
 
-    # --- rollout ---
-
-    def start_rollout(self, model: str, version: int) -> Rollout:
-        rollout = Rollout(
-            id=uuid4(),
-            tenant="default",
-            model=model,
-            version=version,
-            previous=self.stable.get(model),
-            strategy=Strategy.IMMEDIATE,
-            state=RolloutState.LOADING,
-            percent=0,
-            started_at=NOW,
-        )
-        self.rollouts.insert(0, rollout)
-        return rollout
-
-    def post_rollout(self, request: "Request") -> None:
-        wanted = request.json()
-        if self.unheard:
-            self.unheard -= 1
-            raise not_found("no such version")
-        for each in self.rollouts:
-            if each.state == RolloutState.LOADING and each.version == wanted["version"]:
-                raise Answer(202, each)
-            if each.state == RolloutState.LOADING:
-                raise Answer(409, {"title": "Conflict", "status": 409, "detail": "another rollout is open"})
-        raise Answer(202, self.start_rollout(wanted["model"], wanted["version"]))
-
-    def get_rollouts(self, request: "Request") -> None:
-        raise Answer(200, [each for each in self.rollouts if request.query.get("model", each.model) == each.model])
-
-    def get_rollout(self, _: "Request", rollout_id: str) -> None:
-        """Each look at a rollout brings it one step further."""
-        index = next(index for index, each in enumerate(self.rollouts) if str(each.id) == rollout_id)
-        rollout = self.rollouts[index]
-        after = RolloutState.SHIFTING if rollout.state == RolloutState.LOADING else self.outcome
-        self.rollouts[index] = rollout.model_copy(update={"state": after, "percent": 100, "reason": "as told"})
-        if after == RolloutState.PROMOTED:
-            self.stable[rollout.model] = rollout.version
-        raise Answer(200, rollout)
-
-    def rollback(self, _: "Request", model: str) -> None:
-        raise Answer(202, self.start_rollout(model, self.stable[model] - 1))
-
-    def get_serving(self, _: "Request", model: str) -> None:
-        if model not in self.stable:
-            raise not_found("nothing is served")
-        stable = self.stable[model]
-        split = [TrafficShare(version=stable, percent=100)]
-        raise Answer(
-            200,
-            ServingView(
-                tenant="default",
-                model=model,
-                generation=1,
-                stable=stable,
-                previous=None,
-                split=split,
-                versions=[stable],
-                workers=[],
-            ),
-        )
-
     # --- inference ---
 
     def metadata(self, _: "Request", model: str, version: str = "7") -> None:
@@ -251,10 +177,6 @@ class Platform:
         raise Answer(200, b"".join(parts), {"inference-header-content-length": str(head)})
 
 
-def not_found(detail: str) -> Answer:
-    return Answer(404, {"title": "Not Found", "status": 404, "detail": detail})
-
-
 _ROUTES: dict[tuple[str, str], Callable[..., None]] = {
     ("HEAD", "v1/artifacts/*"): Platform.head_artifact,
     ("PUT", "v1/artifacts/*"): Platform.put_artifact,
@@ -267,11 +189,7 @@ _ROUTES: dict[tuple[str, str], Callable[..., None]] = {
     ("POST", "v1/keys"): Platform.post_key,
     ("GET", "v1/keys"): Platform.get_keys,
     ("DELETE", "v1/keys/*"): Platform.delete_key,
-    ("POST", "v1/rollouts"): Platform.post_rollout,
-    ("GET", "v1/rollouts"): Platform.get_rollouts,
-    ("GET", "v1/rollouts/*"): Platform.get_rollout,
-    ("POST", "v1/serving/*/rollback"): Platform.rollback,
-    ("GET", "v1/serving/*"): Platform.get_serving,
+    **ROUTES,
     ("GET", "v2/models/*"): Platform.metadata,
     ("GET", "v2/models/*/versions/*"): Platform.metadata,
     ("POST", "v2/models/*/infer"): Platform.infer,
@@ -354,3 +272,27 @@ def platform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Platfo
         yield server.platform
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def client(platform: Platform) -> Iterator[Client]:
+    with Client() as client:
+        yield client
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(platform: Platform) -> Run:
+    """Runs `lepton ARGS…` against the platform."""
+
+    def run(*args: object, stdin: str = "") -> Result:
+        return CliRunner().invoke(app, [str(each) for each in args], input=stdin)
+
+    return run
+
+
+def ok(result: Result) -> str:
+    assert result.exit_code == 0, result.output
+    return result.stdout

@@ -3,30 +3,16 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx.helper
 import pytest
-from lepton.cli import app
 from lepton_common.signature import Signature
-from typer.testing import CliRunner, Result
 
-from libs.sdk.tests.conftest import KEY_ID, SECRET, SPECS, Answer, Platform
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(platform: Platform) -> Run:
-    """Runs `lepton ARGS…` against the platform."""
-
-    def run(*args: object, stdin: str = "") -> Result:
-        return CliRunner().invoke(app, [str(each) for each in args], input=stdin)
-
-    return run
+from libs.sdk.tests.conftest import KEY_ID, SECRET, SPECS, Platform, Run, ok
+from libs.sdk.tests.traffic import Answer
 
 
 @pytest.fixture
@@ -37,11 +23,6 @@ def model(tmp_path: Path) -> Path:
     result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [-1, 2])
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "same", [value], [result])), path)
     return path
-
-
-def ok(result: Result) -> str:
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -80,7 +61,7 @@ def test_what_acts_answers_in_json_too(run: Run, model: Path) -> None:
 
 
 def test_a_push_without_wait_returns_at_once_and_says_where_to_look(run: Run, model: Path) -> None:
-    assert "`lepton rollouts m` shows how far" in ok(run("push", model, "--name", "m", "--no-wait"))
+    assert "`lepton rollout watch m` shows how far" in ok(run("push", model, "--name", "m", "--no-wait"))
 
 
 def test_an_empty_list_says_how_to_fill_it(run: Run) -> None:

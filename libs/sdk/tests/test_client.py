@@ -2,7 +2,7 @@
 
 import json
 import socket
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -27,17 +27,13 @@ from lepton.errors import (
     Unreachable,
 )
 from lepton.flow import Ask, Flow, Pause, Reply, Work
-from lepton.models import Model, RolloutState, Scope
+from lepton.models import Model, Scope
+from lepton.rollouts import RolloutState
 from lepton.upload import upload
 from lepton_common.signature import Signature
 
-from libs.sdk.tests.conftest import SECRET, SPECS, Answer, Platform
-
-
-@pytest.fixture
-def client(platform: Platform) -> Iterator[Client]:
-    with Client() as client:
-        yield client
+from libs.sdk.tests.conftest import SECRET, SPECS, Platform
+from libs.sdk.tests.traffic import Answer
 
 
 @pytest.fixture

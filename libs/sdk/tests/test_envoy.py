@@ -33,6 +33,7 @@ class Echo(ThreadingHTTPServer):
             def log_message(self, *_: object) -> None: ...
 
         super().__init__(("127.0.0.1", port), Handler)
+        self.name = name
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def close(self) -> None:
@@ -49,12 +50,12 @@ def late_port() -> int:
 @pytest.fixture(scope="module")
 def envoy(tmp_path_factory: pytest.TempPathFactory, late_port: int) -> Iterator[Process]:
     folder = tmp_path_factory.mktemp("envoy")
-    gateway, registry = Echo("gateway"), Echo("registry")
-    ports = {"gateway": gateway.server_port, "registry": registry.server_port, "rollout": late_port}
+    services = [Echo(name) for name in ("gateway", "registry", "monitor")]
+    ports = {service.name: service.server_port for service in services} | {"rollout": late_port}
     with running(Envoy(folder / "envoy", folder / "mesh", ports)) as process:
         yield process
-    gateway.close()
-    registry.close()
+    for service in services:
+        service.close()
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,8 @@ def front(recipe: Envoy) -> Iterator[httpx.Client]:
         ("/v1/models", "registry"),
         ("/v1", "registry"),
         ("/v1/servings", "registry"),
+        ("/v1/windows?model=m", "monitor"),
+        ("/v1/windows/counters", "monitor"),
         ("/v1/rolloutsandmore", "registry"),
     ],
 )
@@ -102,7 +105,8 @@ def test_service_that_is_just_being_restarted_is_waited_for(front: httpx.Client,
     timer.start()
     try:
         assert front.post("/v1/rollouts", content=b"{}").text.split()[0] == "rollout"
-        assert front.get("/v1/serving/m").text.split()[0] == "rollout"
+        for path in ("/v1/serving/m", "/v1/policies", "/v1/mesh/m"):
+            assert front.get(path).text.split()[0] == "rollout"
     finally:
         timer.join()
         service[0].close()

@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 from lepton import parts
+from lepton.cli import app
 from lepton.home import Home
 from lepton.parts import Service, choose_ports, make_parts
 from lepton.processes import free_port
+from typer.testing import CliRunner
 
 
 @pytest.fixture
@@ -65,6 +67,7 @@ def test_parts_find_each_other(home: Home) -> None:
         "kafka",
         "registry",
         "rollout",
+        "monitor",
         "gateway",
         "worker-1",
         "worker-2",
@@ -80,12 +83,33 @@ def test_parts_find_each_other(home: Home) -> None:
     assert services["worker-1"].settings["LEPTON_BLOBS"] == services["registry"].settings["LEPTON_BLOBS"]
 
 
+def test_other_pools_have_workers_of_their_own(home: Home) -> None:
+    pools = {"canary": 2}
+    ports = choose_ports(free_port(), 1, {}, keep=False, pools=pools)
+    layout, stages = make_parts(home, ports, 1, pools)
+    workers = {part.name: part for part in stages[1] if isinstance(part, Service) and part.name.startswith("worker")}
+    assert list(workers) == ["worker-1", "worker-canary-1", "worker-canary-2"]
+    assert {part.module for part in workers.values()} == {"lepton_worker.main"}
+    assert [part.settings.get("LEPTON_POOL") for part in workers.values()] == [None, "canary", "canary"]
+    assert len({part.port for part in workers.values()}) == 3
+    home.save_layout(layout)
+    assert home.layout() == layout
+
+
+@pytest.mark.parametrize("pool", ["canary", "canary=", "canary=-1", "Canary=1", "canary=100", "../x=1", "=1"])
+def test_a_pool_that_cannot_be_is_refused_before_anything_starts(pool: str, tmp_path: Path) -> None:
+    refused = CliRunner().invoke(app, ["up", "--home", str(tmp_path / "home"), "--pool", pool])
+    assert refused.exit_code == 2
+    assert "expected a pool and its workers" in refused.output
+    assert not (tmp_path / "home").exists()
+
+
 def test_existing_servers_are_used_instead_of_own_ones(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"LEPTON_KAFKA": "k:9092", "LEPTON_POSTGRES_DSN": "postgresql://u:p@p/db", "LEPTON_ETCD": "e:2379"}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     layout, stages = make_parts(home, choose_ports(free_port(), 1, {}, keep=False), 1)
-    assert layout.parts == ["registry", "rollout", "gateway", "worker-1", "envoy"]
+    assert layout.parts == ["registry", "rollout", "monitor", "gateway", "worker-1", "envoy"]
     assert stages[0] == []
     for service in stages[1]:
         assert given.items() <= service.environment().items()

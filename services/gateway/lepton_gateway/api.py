@@ -10,7 +10,7 @@ import orjson
 import structlog
 from lepton_common import oip
 from lepton_common.auth import Caller
-from lepton_common.errors import LeptonError, Limited, NotFound, Unavailable, Unsupported, status_of
+from lepton_common.errors import Forbidden, Invalid, LeptonError, Limited, NotFound, Unavailable, Unsupported, status_of
 from lepton_common.health import Readiness
 from lepton_common.http11 import JSON, Request, error_body
 from lepton_common.records import Scope
@@ -18,8 +18,19 @@ from lepton_common.telemetry import METRICS_CONTENT_TYPE
 from lepton_common.types import checked_name
 
 from lepton_gateway.callers import Callers
-from lepton_gateway.domain import METHODS, NotAllowed, Page, Target, index_of, json_object, target_of, unready_reason
-from lepton_gateway.proxy import Proxy
+from lepton_gateway.domain import (
+    METHODS,
+    NotAllowed,
+    Page,
+    Target,
+    index_of,
+    json_object,
+    target_of,
+    unready_reason,
+    user_of,
+    version_of,
+)
+from lepton_gateway.proxy import INFER, Proxy
 from lepton_gateway.repository import Repository, ready_only
 from lepton_gateway.routes import Route, Routes
 
@@ -109,29 +120,35 @@ class Api:
     # --- through the mesh ---
 
     def _infer(self, request: Request, target: Target) -> None:
-        route = self._route(self._callers.check(request, Scope.INFER), target)
-        if route.in_flight >= route.max_concurrency:
+        caller = self._callers.check(request, Scope.INFER)
+        version = _wanted_version(request, caller, target)
+        route = self._route(caller, target, version)
+        counts = route.counts
+        if counts.in_flight >= route.max_concurrency:
+            counts.refused()
             raise Limited(
                 f"model {target.model!r} has {route.max_concurrency} requests under way, its limit", retry_after_s=1
             )
-        self._proxy.send(request, route, "POST /infer", target.version, request.body)
+        user = None if route.sticky is None or version is not None else user_of(route.sticky, request.headers, caller)
+        self._proxy.send(request, route, INFER, version, request.body, user)
 
     def _ask(self, request: Request, target: Target, line: str) -> None:
         """Something that a worker knows of the model."""
-        route = self._route(self._callers.check_reader(request), target)
-        self._proxy.send(request, route, line, target.version, b"")
+        caller = self._callers.check_reader(request)
+        version = _wanted_version(request, caller, target)
+        self._proxy.send(request, self._route(caller, target, version), line, version, b"")
 
-    def _route(self, caller: Caller, target: Target) -> Route:
-        route = self._known(caller.tenant, target)
-        if target.version is None and not route.serving.split:
+    def _route(self, caller: Caller, target: Target, version: int | None) -> Route:
+        route = self._known(caller.tenant, target.model, version)
+        if version is None and not route.serving.split:
             raise Unavailable(f"model {target.model!r} takes no traffic: it is not loaded", retry_after_s=1)
         return route
 
-    def _known(self, tenant: str, target: Target) -> Route:
+    def _known(self, tenant: str, model: str, version: int | None) -> Route:
         """The model's route; the version, where one is named, is loaded or being loaded."""
-        route = self._routes.get(tenant, target.model)
-        if target.version is not None and not route.has(target.version):
-            raise NotFound(f"model {target.model!r} has no version {target.version} that is loaded")
+        route = self._routes.get(tenant, model)
+        if version is not None and not route.has(version):
+            raise NotFound(f"model {model!r} has no version {version} that is loaded")
         return route
 
     # --- from memory ---
@@ -151,7 +168,7 @@ class Api:
         request.respond(status, JSON, body)
 
     def _model_ready(self, request: Request, target: Target) -> None:
-        serving = self._known(self._callers.check_reader(request).tenant, target).serving
+        serving = self._known(self._callers.check_reader(request).tenant, target.model, target.version).serving
         reason = unready_reason(serving, target.version, self._routes.workers())
         if reason is None:
             answer(request, {"name": target.model, "ready": True})
@@ -178,7 +195,7 @@ class Api:
 
     def _statistics(self, request: Request, target: Target) -> None:
         tenant = self._callers.check_reader(request).tenant
-        routes = [self._known(tenant, target)] if target.model else self._routes.of_tenant(tenant)
+        routes = [self._known(tenant, target.model, target.version)] if target.model else self._routes.of_tenant(tenant)
         self._later(request, self._repository.statistics(routes, target.version))
 
     def _trace(self, request: Request, target: Target) -> None:
@@ -236,6 +253,23 @@ class Api:
             headers += b"retry-after: %d\r\n" % math.ceil(error.retry_after_s or 1)
         self.refused[status] = self.refused.get(status, 0) + 1
         request.respond(status, headers, error_body(error.message))
+
+
+def _wanted_version(request: Request, caller: Caller, target: Target) -> int | None:
+    """The version that the caller names, in the path or by header; None leaves it to the split.
+
+    By header it is asked of the model's own address, in the place of its users: that takes a scope. Raises Forbidden,
+    NotFound, and Invalid when header and path name different ones.
+    """
+    header = request.headers.get(b"x-lepton-version")
+    if header is None:
+        return target.version
+    if not (caller.has(Scope.TEST) or caller.has(Scope.DEPLOY)):
+        raise Forbidden(f"header x-lepton-version needs an API key with the scope {Scope.TEST.value!r}")
+    version = version_of(target.model, header.decode("latin-1"))
+    if target.version not in (None, version):
+        raise Invalid(f"the path names version {target.version}, header x-lepton-version {version}")
+    return version
 
 
 def answer(request: Request, document: Any, status: int = 200, headers: bytes = b"") -> None:

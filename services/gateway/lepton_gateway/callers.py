@@ -4,14 +4,12 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from ipaddress import ip_address
 
-from lepton_common.auth import Caller, Keys, secret_of
+from lepton_common.auth import DEFAULT_TENANT, Caller, Keys, check_operator, secret_of
 from lepton_common.errors import Forbidden, Unauthenticated
 from lepton_common.http11 import Request
 from lepton_common.records import Scope
 
-# Its admins are the operator's: they change what holds for every tenant.
-_DEFAULT_TENANT = "default"
-_LOCAL = Caller(tenant=_DEFAULT_TENANT, scopes=frozenset({Scope.INFER}), key_id="", name="loopback")
+_LOCAL = Caller(tenant=DEFAULT_TENANT, scopes=frozenset({Scope.INFER}), key_id="", name="loopback")
 
 
 class Callers:
@@ -40,8 +38,7 @@ class Callers:
 
     def check_operator(self, request: Request) -> None:
         """Raises Unauthenticated or Forbidden unless the caller is the operator."""
-        if self.check(request, Scope.ADMIN).tenant != _DEFAULT_TENANT:
-            raise Forbidden(f"this concerns every tenant: it needs an admin key of the tenant {_DEFAULT_TENANT!r}")
+        check_operator(self.check(request, Scope.ADMIN))
 
 
 @lru_cache(maxsize=1024)

@@ -3,12 +3,17 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from hashlib import blake2b
 from typing import Any
 from urllib.parse import unquote
 
 import orjson
+from lepton_common.auth import Caller
 from lepton_common.errors import Invalid, LeptonError, NotFound
-from lepton_common.records import Loaded, LoadState, Serving, WorkerState
+from lepton_common.records import Loaded, LoadState, Serving, Sticky, WorkerState
+
+# Where users are told apart by their API keys and not by a header.
+BY_KEY = "key"
 
 
 class Page(Enum):
@@ -91,7 +96,7 @@ def target_of(raw: bytes) -> Target:
         return Target(page)
     match segments:
         case ("v2", "models", model, "versions", version, *rest) if tuple(rest) in _OF_MODEL:
-            return Target(_OF_MODEL[tuple(rest)], model, _version(model, version))
+            return Target(_OF_MODEL[tuple(rest)], model, version_of(model, version))
         case ("v2", "models", model, *rest) if model and tuple(rest) in _OF_MODEL:
             return Target(_OF_MODEL[tuple(rest)], model)
         case ("v2", "repository", "models", model, *rest) if tuple(rest) in _OF_REPOSITORY:
@@ -101,10 +106,21 @@ def target_of(raw: bytes) -> Target:
     raise NotFound("Not Found")
 
 
-def _version(model: str, text: str) -> int:
+def version_of(model: str, text: str) -> int:
+    """The number of a version that a caller names. Raises NotFound for what is none."""
     if text.isascii() and text.isdigit() and len(text) < 10:
         return int(text)
     raise NotFound(f"model {model[:80]!r} has no version {text[:80]!r}")
+
+
+def user_of(sticky: Sticky, headers: Mapping[bytes, bytes], caller: Caller) -> int | None:
+    """A hash of who is asking, by what the model's record says names them; None for nobody in particular."""
+    name = (
+        caller.key_id.encode() if sticky.by == BY_KEY else headers.get(sticky.by.lower().encode("latin-1", "replace"))
+    )
+    if not name:
+        return None
+    return int.from_bytes(blake2b(sticky.salt.encode() + name, digest_size=8).digest(), "big")
 
 
 # --- documents -------------------------------------------------------------------------------------------------------

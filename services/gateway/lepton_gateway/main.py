@@ -1,17 +1,20 @@
 """gateway is the front door of inference: it knows keys, models and limits, and passes requests to the mesh.
 
 hears: etcd /lepton/keys (registry), /lepton/serving (rollout), /lepton/workers (worker)
-says:  nothing yet
-owns:  nothing: a restart loses nothing
+says:  InferenceWindow, every second and model, past the outbox: what Kafka cannot take is dropped
+owns:  nothing: a restart loses the last second's window at most
 """
 
+import random
 import time
+from functools import partial
 
 import httpx
 from lepton_common.auth import Keys
 from lepton_common.etcd import EtcdClient
 from lepton_common.http11 import Server, ServerLimits
-from lepton_common.http11_client import Upstream
+from lepton_common.http11_client import Upstream, UpstreamLimits
+from lepton_common.kafka_client import Bootstrap, Producer, ensure_topics
 from lepton_common.mirror import Mirror
 from lepton_common.records import SERVING, WORKERS, Serving, WorkerState
 from lepton_common.service import Service, run
@@ -22,27 +25,33 @@ from lepton_gateway.callers import Callers
 from lepton_gateway.logs import LogSettings
 from lepton_gateway.metrics import Metrics
 from lepton_gateway.proxy import Proxy
+from lepton_gateway.reporter import Reporter
 from lepton_gateway.repository import Repository
 from lepton_gateway.routes import Routes
 from lepton_gateway.settings import Settings
+from lepton_gateway.shadows import MAX_COPIES, Shadows
 from lepton_gateway.tracing import Tracing
+from lepton_gateway.windows import Windows
 
 
-def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient) -> Service:
+def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: Windows) -> Service:
     """The whole service."""
     service = Service("gateway", settings, telemetry)
     keys = Keys(etcd)
     workers = Mirror(etcd, WORKERS, WorkerState.model_validate_json)
-    routes = Routes(workers.items)
+    routes = Routes(workers.items, windows)
     serving = Mirror(etcd, SERVING, Serving.model_validate_json, routes.changed)
     host, _, port = settings.mesh.rpartition(":")
     upstream = Upstream(host, int(port))
+    shadow_upstream = Upstream(host, int(port), UpstreamLimits(max_connections=MAX_COPIES))
+    shadows = Shadows(shadow_upstream, random.random)
+    reporter = Reporter(windows, Producer(Bootstrap.parse(settings.kafka), "gateway"), settings.gateway_id)
     callers = Callers(keys, keyless_loopback=settings.keyless_loopback)
     # Rollout and the workers are near: a proxy for the world outside must not see their callers' keys.
     http = httpx.AsyncClient(trust_env=False)
     logs = LogSettings(settings.log_level)
     logs.install()
-    proxy = Proxy(upstream, Tracing(telemetry.tracer, on=bool(settings.otlp)), logs)
+    proxy = Proxy(upstream, Tracing(telemetry.tracer, on=bool(settings.otlp)), logs, shadows)
     repository = Repository(http, settings.rollout_url, routes)
     api = Api(routes, callers, proxy, repository, service.readiness, telemetry.render_metrics)
     server = Server(api.handle, ServerLimits(max_body_bytes=settings.max_body_bytes))
@@ -51,13 +60,16 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient) -> Service
     def etcd_stale_s() -> float:
         return max(mirror.stale_s(time.monotonic()) for mirror in mirrors)
 
-    telemetry.registry.register(Metrics(routes, api.refused, server, etcd_stale_s))
+    telemetry.registry.register(Metrics(routes, api.refused, server, reporter, etcd_stale_s))
     service.on_close(etcd.close)
+    service.on_close(reporter.close)
+    service.on_close(shadow_upstream.close)
     service.on_close(upstream.close)
     service.on_close(http.aclose)
     for mirror in mirrors:
         service.background(mirror.run)
         service.prepare(mirror.synced)
+    service.background(reporter.run)
     service.serve(server)
     return service
 
@@ -66,7 +78,10 @@ def main() -> None:
     """The process: runs until SIGTERM."""
     settings = Settings.read()
     telemetry = configure("gateway", settings)
-    run(build(settings, telemetry, EtcdClient(settings.etcd)))
+    service = build(settings, telemetry, EtcdClient(settings.etcd), Windows(time.time))
+    # Beside all else: inference goes on without Kafka.
+    service.background(partial(ensure_topics, settings.kafka))
+    run(service)
 
 
 if __name__ == "__main__":

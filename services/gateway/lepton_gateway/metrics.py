@@ -1,13 +1,22 @@
 """Prometheus metrics of the gateway, read from plain counters when asked: a request pays next to nothing for them."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 
 from lepton_common.http11 import Server
+from lepton_common.sketch import Sketch, milliseconds_of
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lepton_gateway.routes import BUCKETS_S, Routes
+from lepton_gateway.reporter import Reporter
+from lepton_gateway.routes import Routes
+
+# Upper bounds in seconds: about a tenth of a millisecond to a minute, each 2 to 2.5 times the one before.
+BUCKETS_S = (
+    *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1),
+    *(0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+)
 
 _LABELS = ("tenant", "model", "version")
 _BOUNDS = (*(str(bound) for bound in BUCKETS_S), "+Inf")
@@ -15,31 +24,22 @@ _BOUNDS = (*(str(bound) for bound in BUCKETS_S), "+Inf")
 
 class Metrics(Collector):
     def __init__(
-        self, routes: Routes, refused: Mapping[int, int], server: Server, etcd_stale_s: Callable[[], float]
+        self,
+        routes: Routes,
+        refused: Mapping[int, int],
+        server: Server,
+        reporter: Reporter,
+        etcd_stale_s: Callable[[], float],
     ) -> None:
         """`refused` counts by status what the gateway answered itself."""
         self._routes = routes
         self._refused = refused
         self._server = server
+        self._reporter = reporter
         self._etcd_stale_s = etcd_stale_s
 
     def collect(self) -> Iterable[Metric]:
-        requests = CounterMetricFamily(
-            "lepton_gateway_requests", "Requests for a model by status.", labels=(*_LABELS, "code")
-        )
-        seconds = HistogramMetricFamily(
-            "lepton_gateway_request_seconds", "Time from a request to its answer.", labels=_LABELS
-        )
-        in_flight = GaugeMetricFamily("lepton_gateway_in_flight", "Requests under way.", labels=("tenant", "model"))
-        for (tenant, model), route in self._routes.all.items():
-            in_flight.add_metric((tenant, model), route.in_flight)
-            for version, tally in route.tallies.items():
-                labels = (tenant, model, version.decode("latin-1"))
-                for status, count in tally.statuses.items():
-                    requests.add_metric((*labels, str(status)), count)
-                buckets = list(zip(_BOUNDS, accumulate(tally.buckets), strict=True))
-                seconds.add_metric(labels, buckets, tally.seconds)
-        yield from (requests, seconds, in_flight)
+        yield from self._of_models()
         refused = CounterMetricFamily(
             "lepton_gateway_refused_requests", "Requests that never went to the mesh, by status.", labels=("code",)
         )
@@ -55,3 +55,37 @@ class Metrics(Collector):
         yield GaugeMetricFamily(
             "lepton_gateway_etcd_stale_seconds", "Time since etcd was last heard.", value=self._etcd_stale_s()
         )
+        yield CounterMetricFamily(
+            "lepton_gateway_windows_sent", "Windows that Kafka has stored.", value=self._reporter.sent
+        )
+        yield CounterMetricFamily(
+            "lepton_gateway_windows_dropped",
+            "Windows that were given up, for want of room while Kafka was away.",
+            value=self._reporter.dropped,
+        )
+
+    def _of_models(self) -> Iterable[Metric]:
+        requests = CounterMetricFamily(
+            "lepton_gateway_requests", "Requests for a model by status.", labels=(*_LABELS, "code")
+        )
+        seconds = HistogramMetricFamily(
+            "lepton_gateway_request_seconds", "Time from a request to its answer, within 1 %.", labels=_LABELS
+        )
+        in_flight = GaugeMetricFamily("lepton_gateway_in_flight", "Requests under way.", labels=("tenant", "model"))
+        for (tenant, model), route in self._routes.all.items():
+            in_flight.add_metric((tenant, model), route.counts.in_flight)
+            for version, cell in route.counts.totals().items():
+                labels = (tenant, model, version.decode("latin-1"))
+                for status, count in cell.by_status().items():
+                    requests.add_metric((*labels, str(status)), count)
+                buckets = list(zip(_BOUNDS, accumulate(histogram(cell.latency())), strict=True))
+                seconds.add_metric(labels, buckets, cell.seconds)
+        yield from (requests, seconds, in_flight)
+
+
+def histogram(sketch: Sketch) -> list[int]:
+    """The latencies by BUCKETS_S and beyond. One within 1 % of a bound may be counted on its other side."""
+    counts = [0] * (len(BUCKETS_S) + 1)
+    for bucket, count in sketch.items():
+        counts[bisect_left(BUCKETS_S, milliseconds_of(bucket) / 1e3)] += count
+    return counts

@@ -14,25 +14,23 @@ from opentelemetry.trace import Span
 from lepton_gateway import tracing
 from lepton_gateway.logs import LogSettings
 from lepton_gateway.routes import Route
+from lepton_gateway.shadows import Shadows
 from lepton_gateway.tracing import Tracing
+from lepton_gateway.windows import ASKED, CLIENT_GONE, FORCED, LEFT, QUEUE_FULL, SPLIT
 
 # How long a request waits for a mesh that is being restarted, and how often it may meet one that breaks off.
 _PATIENCE_S = 10.0
 _MAX_LOST = 3
 _FIRST_BACKOFF_S = 0.02
 _LAST_BACKOFF_S = 0.5
-_CLIENT_GONE = 499
+# How much longer than the mesh and the worker the gateway waits: their 504 says which version took too long.
+_GRACE_S = 0.1
 
-# What a caller says that the worker needs to know. Everything else ends here, x-lepton-version above all.
-_FORWARDED_TRACED = (
-    b"content-type",
-    b"content-encoding",
-    b"accept-encoding",
-    b"inference-header-content-length",
-    b"x-request-timeout-ms",
-    b"x-request-id",
-)
-_FORWARDED = (*_FORWARDED_TRACED, b"traceparent", b"tracestate")
+# The line of inference, as `Route.head` wants it.
+INFER = "POST /infer"
+# Users are spread over so many, and the mesh gives each version a range of them.
+_USER_BUCKETS = 10_000
+
 _PASSED_BACK = (
     b"content-type",
     b"x-lepton-version",
@@ -50,13 +48,19 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger()
 class Proxy:
     """Sends requests to the mesh."""
 
-    def __init__(self, upstream: Upstream, tracing: Tracing, logs: LogSettings) -> None:
+    def __init__(self, upstream: Upstream, tracing: Tracing, logs: LogSettings, shadows: Shadows) -> None:
         self.upstream = upstream
         self.tracing = tracing
         self.logs = logs
+        self.shadows = shadows
 
-    def send(self, request: Request, route: Route, line: str, version: int | None, body: bytes) -> None:
-        """The request is answered when the mesh has, or within its deadline. `line` is as `Route.head` wants it."""
+    def send(
+        self, request: Request, route: Route, line: str, version: int | None, body: bytes, user: int | None = None
+    ) -> None:
+        """The request is answered when the mesh has, or within its deadline. `line` is as `Route.head` wants it.
+
+        Without a version the mesh chooses one by the split, and for one `user`, a hash, the same until the split grows.
+        """
         began = time.monotonic()
         headers = request.headers
         timeout_s = route.timeout_s
@@ -65,16 +69,22 @@ class Proxy:
         started = self.tracing.start(request, route.serving.ref) if self.tracing.active else None
         forwarded = [
             b"%b: %b\r\n" % (name, headers[name])
-            for name in (_FORWARDED if started is None else _FORWARDED_TRACED)
+            for name in (route.forwarded if started is None else route.forwarded_traced)
             if name in headers
         ]
         head = route.head(line, version) + b"".join(forwarded)
+        if user is not None:
+            head += b"x-lepton-bucket: %d\r\n" % (user % _USER_BUCKETS)
         span = None
         if started is not None:
             span, carried = started
             head += carried
-        exchange = Exchange(self, request, route, head, body, began, timeout_s, span)
-        route.in_flight += 1
+        kind = ASKED if line != INFER else SPLIT if version is None else FORCED
+        exchange = Exchange(self, request, route, head, body, began, timeout_s, span, kind, user)
+        counts = route.counts
+        counts.in_flight += 1
+        if not counts.is_awake:
+            counts.wake()
         request.on_disconnect = exchange.cancel
         self.upstream.send(exchange)
 
@@ -82,7 +92,10 @@ class Proxy:
 class Exchange(Call):
     """A request, its way through the mesh, and its answer."""
 
-    __slots__ = ("_lost", "_over", "_proxy", "_tries", "began", "request", "route", "span", "version")
+    __slots__ = (
+        *("_kind", "_lost", "_over", "_proxy", "_timeout_s", "_tries", "_user"),
+        *("began", "request", "route", "span", "version"),
+    )
 
     def __init__(
         self,
@@ -94,10 +107,15 @@ class Exchange(Call):
         began: float,
         timeout_s: float,
         span: Span | None,
+        kind: int,
+        user: int | None,
     ) -> None:
         """`began` is the monotonic time of the request's arrival; `head` is as `Call` wants it."""
-        super().__init__(head, body, began + timeout_s)
+        super().__init__(head, body, began + timeout_s + _GRACE_S)
         self._proxy = proxy
+        self._timeout_s = timeout_s
+        self._kind = kind
+        self._user = user
         self._tries = 0
         self._lost = 0
         self._over = False
@@ -110,6 +128,7 @@ class Exchange(Call):
     def answered(self, status: int, headers: dict[bytes, bytes], body: bytes) -> None:
         self.version = headers.get(b"x-lepton-version", b"")
         block = b"".join([b"%b: %b\r\n" % (name, headers[name]) for name in _PASSED_BACK if name in headers])
+        counted = status
         if status != HTTPStatus.OK:
             if not _is_oip_error(body):
                 block = JSON + b"".join(
@@ -120,7 +139,11 @@ class Exchange(Call):
                 body = error_body(_text_of(status, body))
             if status in _RETRYABLE and b"retry-after" not in headers:
                 block += _RETRY_AFTER
-        self._finish(status, block, body)
+            if status == HTTPStatus.SERVICE_UNAVAILABLE and b"x-envoy-ratelimited" in headers:
+                counted = QUEUE_FULL
+        self._finish(status, block, body, counted)
+        if self.route.shadow is not None and status == HTTPStatus.OK and self._kind == SPLIT:
+            self._proxy.shadows.copy(self.request, self.route, headers, body)
 
     def failed(self, error: UpstreamError) -> None:
         if error.failure in (Failure.CONNECT, Failure.LOST) and self._try_again(error.failure):
@@ -128,17 +151,20 @@ class Exchange(Call):
         name = self.route.serving.model
         match error.failure:
             case Failure.TIMEOUT:
-                waited_ms = round((self.deadline - self.began) * 1e3)
-                self._finish(504, JSON + _RETRY_AFTER, error_body(f"model {name!r}: no answer within {waited_ms} ms"))
+                waited_ms = round(self._timeout_s * 1e3)
+                message = f"model {name!r}: no answer within {waited_ms} ms"
+                self._finish(504, JSON + _RETRY_AFTER, error_body(message), 504)
             case Failure.INVALID | Failure.TOO_LARGE:
-                self._finish(502, JSON, error_body(f"model {name!r}: {error.message}"))
+                self._finish(502, JSON, error_body(f"model {name!r}: {error.message}"), 502)
             case _:
-                self._finish(503, JSON + _RETRY_AFTER, error_body(f"model {name!r} is out of reach: {error.message}"))
+                counted = QUEUE_FULL if error.failure is Failure.FULL else 503
+                message = f"model {name!r} is out of reach: {error.message}"
+                self._finish(503, JSON + _RETRY_AFTER, error_body(message), counted)
 
     def cancel(self) -> None:
         """The caller left: the mesh and the worker hear of it."""
         super().cancel()
-        self._finish(_CLIENT_GONE, b"", b"")
+        self._finish(CLIENT_GONE, b"", b"", LEFT)
 
     def _try_again(self, failure: Failure) -> bool:
         """Inference may be repeated, so a mesh that restarts in the middle costs time only."""
@@ -154,18 +180,24 @@ class Exchange(Call):
         if not self._over:
             self._proxy.upstream.send(self)
 
-    def _finish(self, status: int, headers: bytes, body: bytes) -> None:
+    def _finish(self, status: int, headers: bytes, body: bytes, counted: int) -> None:
+        """`counted` is the status as `windows.py` tells them apart."""
         if self._over:
             return
         self._over = True
         self.request.on_disconnect = None  # It leads back to here: the request would be garbage in a cycle.
-        self.route.in_flight -= 1
-        self.route.count(self.version, status, time.monotonic() - self.began)
+        counts = self.route.counts
+        seconds = time.monotonic() - self.began
+        if counted == LEFT:
+            counts.left(self._kind, seconds)
+        else:
+            counts.add(self._kind, self.version, counted, seconds, self._user)
+        counts.in_flight -= 1  # After the answer was counted: until then its second belongs to somebody.
         if self.span is not None:
             tracing.end(self.span, self.version, status)
         if self._proxy.logs.verbose_level:
             self._log(status)
-        if status != _CLIENT_GONE:
+        if counted != LEFT:
             self.request.respond(status, headers, body)
 
     def _log(self, status: int) -> None:

@@ -1,52 +1,70 @@
-"""The live table of models: what etcd says is served, and what the gateway counts of it."""
+"""The live table of models: what etcd says is served, and how requests for it go into the mesh."""
 
-from bisect import bisect_left
+import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from lepton_common.errors import NotFound
 from lepton_common.records import Serving, WorkerState
 
-# Upper bounds in seconds: about a tenth of a millisecond to a minute, each 2 to 2.5 times the one before.
-BUCKETS_S = (
-    *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1),
-    *(0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+from lepton_gateway.windows import Counts, Windows
+
+# What a caller says that the worker needs to know. All else ends here, but for what a model's record names.
+_FORWARDED_TRACED = (
+    b"content-type",
+    b"content-encoding",
+    b"accept-encoding",
+    b"inference-header-content-length",
+    b"x-request-timeout-ms",
+    b"x-request-id",
 )
-
-
-class Tally:
-    """Answers of one version: how many of each status, and how long they took."""
-
-    __slots__ = ("buckets", "seconds", "statuses")
-
-    def __init__(self) -> None:
-        self.statuses: dict[int, int] = {}
-        self.buckets = [0] * (len(BUCKETS_S) + 1)
-        self.seconds = 0.0
-
-    def add(self, status: int, seconds: float) -> None:
-        self.statuses[status] = self.statuses.get(status, 0) + 1
-        self.buckets[bisect_left(BUCKETS_S, seconds)] += 1
-        self.seconds += seconds
+_TRACE = (b"traceparent", b"tracestate")
+# No record can name these: they are the gateway's own, or the connection's, or secret.
+_HEADER_NAME = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+")
+_KEPT_BACK = frozenset(
+    (
+        *("authorization", "x-api-key", "host", "content-length", "transfer-encoding", "connection", "keep-alive"),
+        *("te", "trailer", "upgrade", "expect"),
+    )
+)
+_KEPT_BACK_PREFIXES = ("x-lepton-", "x-envoy-", "proxy-")
 
 
 class Route:
-    """One model: its record, its way through the mesh, and its requests under way."""
+    """One model: its record, its way through the mesh, and its counts."""
 
-    __slots__ = ("_heads", "_host", "in_flight", "max_concurrency", "serving", "tallies", "timeout_s")
+    __slots__ = (
+        "_heads",
+        "_host",
+        "counts",
+        "forwarded",
+        "forwarded_traced",
+        "max_concurrency",
+        "serving",
+        "shadow",
+        "stable",
+        "sticky",
+        "timeout_s",
+    )
 
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: Serving, counts: Counts) -> None:
         self._host = serving.ref.host
         self._heads: dict[tuple[str, int | None], bytes] = {}
-        self.in_flight = 0
-        # By the version that answered, as the mesh says it; b"" when none did.
-        self.tallies: dict[bytes, Tally] = {}
+        self.counts = counts
         self.update(serving)
 
     def update(self, serving: Serving) -> None:
         self.serving = serving
         self.max_concurrency = serving.limits.max_concurrency
         self.timeout_s = serving.limits.timeout_ms / 1e3
+        self.counts.pools = {each.version: each.pool for each in serving.versions}
+        own = tuple(name.encode() for name in serving.forwarded if _may_be_forwarded(name))
+        # A traced request gets a trace header of our own.
+        self.forwarded_traced = tuple(dict.fromkeys((*_FORWARDED_TRACED, *own)))
+        self.forwarded = tuple(dict.fromkeys((*_FORWARDED_TRACED, *_TRACE, *own)))
+        self.sticky = serving.sticky
+        self.shadow = serving.shadow
+        self.stable = b"" if serving.stable is None else b"%d" % serving.stable
 
     def head(self, line: str, version: int | None) -> bytes:
         """Request line (`line` is "GET" or "POST …/infer" with its path) and the headers that the mesh routes by."""
@@ -59,21 +77,20 @@ class Route:
             head = self._heads[line, version] = "".join(f"{each}\r\n" for each in lines).encode()
         return head
 
-    def count(self, version: bytes, status: int, seconds: float) -> None:
-        tally = self.tallies.get(version)
-        if tally is None:
-            tally = self.tallies[version] = Tally()
-        tally.add(status, seconds)
-
     def has(self, version: int) -> bool:
         return self.serving.assigned(version) is not None
+
+
+def _may_be_forwarded(name: str) -> bool:
+    return bool(_HEADER_NAME.fullmatch(name)) and name not in _KEPT_BACK and not name.startswith(_KEPT_BACK_PREFIXES)
 
 
 class Routes:
     """Every model, by tenant and name. `changed` is the callback of the mirror of serving records."""
 
-    def __init__(self, workers: Mapping[str, WorkerState]) -> None:
+    def __init__(self, workers: Mapping[str, WorkerState], windows: Windows) -> None:
         self._workers = workers
+        self._windows = windows
         self._routes: dict[tuple[str, str], Route] = {}
         self.all: Mapping[tuple[str, str], Route] = MappingProxyType(self._routes)
 
@@ -84,7 +101,7 @@ class Routes:
         if serving is None:
             self._routes.pop((tenant, model), None)
         elif route is None:
-            self._routes[tenant, model] = Route(serving)
+            self._routes[tenant, model] = Route(serving, self._windows.of(serving.ref))
         else:
             route.update(serving)
 

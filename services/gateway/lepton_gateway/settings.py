@@ -1,5 +1,7 @@
 """What an operator can change of the gateway."""
 
+import secrets
+import socket
 from typing import Annotated
 
 from lepton_common.settings import Settings as CommonSettings
@@ -8,11 +10,18 @@ from pydantic import Field
 _ADDRESS = r"^[^:/\s]+:\d{1,5}$"
 
 
+def _own_id() -> str:
+    # Names of hosts need not be unique, and several gateways may share one.
+    return f"{socket.gethostname()[:60]}-{secrets.token_hex(4)}"
+
+
 class Settings(CommonSettings):
     mesh: Annotated[str, Field(pattern=_ADDRESS)]
     """where the mesh listens, host:port"""
     rollout_url: Annotated[str, Field(pattern=r"^https?://\S+$")]
     """the rollout service, http://host:port"""
+    gateway_id: Annotated[str, Field(default_factory=_own_id, pattern=r"^[^\s/]{1,80}$")]
+    """what tells this gateway from the others, 1 to 80 characters without / and blanks"""
     keyless_loopback: bool = False
     """whether callers on this machine may infer for the tenant `default` without a key"""
     max_body_bytes: Annotated[int, Field(gt=0)] = 64 << 20

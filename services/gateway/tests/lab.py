@@ -1,16 +1,20 @@
 """The real gateway on a real etcd. Behind it stands a mesh that answers as a test tells it to."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 import httpx
 import orjson
 from lepton.processes import free_port
 from lepton_common.auth import new_secret
 from lepton_common.etcd import EtcdClient
+from lepton_common.events import InferenceWindow
 from lepton_common.http11 import JSON, Request, Server
 from lepton_common.records import (
     KEYS,
@@ -27,7 +31,9 @@ from lepton_common.records import (
 )
 from lepton_common.telemetry import Telemetry
 from lepton_gateway.main import build
+from lepton_gateway.reporter import event_of
 from lepton_gateway.settings import Settings
+from lepton_gateway.windows import Closed, Windows
 
 SHA256 = "ab" * 32
 
@@ -48,6 +54,25 @@ class Mesh:
         self.handler(request)
 
 
+class KeptWindows(Windows):
+    """The gateway's windows, of which a test reads what was closed; `shift_s` moves the clock."""
+
+    def __init__(self) -> None:
+        self.shift_s = 0.0
+        self.kept: list[Closed] = []
+        super().__init__(lambda: time.time() + self.shift_s)
+
+    def close(self, now: int) -> None:
+        known = len(self.closed)
+        super().close(now)
+        self.kept += list(self.closed)[known:]
+
+    def told(self, model: str) -> list[InferenceWindow]:
+        """Everything so far as the gateway tells it, the current second included."""
+        self.close(int(self.clock()))
+        return [event_of(each, "lab") for each in self.kept if each.ref.model == model]
+
+
 @dataclass
 class Lab:
     """A gateway and what it depends on. `key` has the scope infer for tenant `acme`."""
@@ -57,10 +82,13 @@ class Lab:
     mesh: Mesh
     mesh_server: Server
     etcd: EtcdClient
+    windows: KeptWindows
     key: str
 
-    async def serve(self, model: str, *versions: int, tenant: str = "acme", limits: Limits | None = None) -> Serving:
-        """The versions are assigned; the first takes all traffic."""
+    async def serve(
+        self, model: str, *versions: int, tenant: str = "acme", limits: Limits | None = None, **fields: Any
+    ) -> Serving:
+        """The versions are assigned; the first takes all traffic. `fields` are others of the record."""
         serving = Serving(
             tenant=tenant,
             model=model,
@@ -69,6 +97,7 @@ class Lab:
             split=tuple(Share(version=version, percent=100) for version in versions[:1]),
             versions=tuple(Assigned(version=version, sha256=SHA256, size_bytes=1) for version in versions),
             limits=limits or Limits(),
+            **fields,
         )
         await self.etcd.put(serving.key, serving.model_dump_json().encode())
         return serving
@@ -114,7 +143,11 @@ class Lab:
 
 @asynccontextmanager
 async def running(
-    etcd: EtcdClient, telemetry: Telemetry, rollout_url: str = "http://127.0.0.1:1", keyless: bool = True
+    etcd: EtcdClient,
+    telemetry: Telemetry,
+    rollout_url: str = "http://127.0.0.1:1",
+    keyless: bool = True,
+    kafka: str = "127.0.0.1:1",
 ) -> AsyncIterator[Lab]:
     mesh = Mesh()
     mesh_server = Server(mesh)
@@ -127,8 +160,11 @@ async def running(
         keyless_loopback=keyless,
         drain_s=1,
         max_body_bytes=1_000_000,
+        kafka=kafka,
+        gateway_id="lab",
     )
-    service = build(settings, telemetry, etcd)
+    windows = KeptWindows()
+    service = build(settings, telemetry, etcd, windows)
     stop = asyncio.Event()
     serving = asyncio.create_task(service.run(stop))
     while not service.readiness.started:
@@ -136,7 +172,7 @@ async def running(
         assert not serving.done()
     gateway = ("127.0.0.1", settings.port)
     async with httpx.AsyncClient(base_url=f"http://{gateway[0]}:{gateway[1]}", timeout=10) as client:
-        lab = Lab(client, gateway, mesh, mesh_server, etcd, "")
+        lab = Lab(client, gateway, mesh, mesh_server, etcd, windows, "")
         lab.key = await lab.new_key(Scope.INFER)
         client.headers["authorization"] = f"Bearer {lab.key}"
         await lab.serve("m", 1)
@@ -146,6 +182,17 @@ async def running(
     stop.set()
     await serving
     await mesh_server.drain(0)
+
+
+def counted(windows: Iterable[InferenceWindow]) -> Counter[tuple[int, bool, str]]:
+    """What the windows add up to, by version, whether it was forced, and outcome; latencies too."""
+    total: Counter[tuple[int, bool, str]] = Counter()
+    for window in windows:
+        for each in window.versions:
+            for outcome in ("ok", "client_errors", "server_errors", "timeouts", "shed"):
+                total[each.version, each.forced, outcome] += getattr(each, outcome)
+            total[each.version, each.forced, "latency"] += sum(each.latency.values())
+    return +total
 
 
 def error_of(response: httpx.Response) -> str:

@@ -15,7 +15,7 @@ INFER = "/v2/models/m/infer"
 
 
 async def test_an_infer_request_goes_through_the_mesh_unparsed(lab: Lab) -> None:
-    response = await lab.client.post(INFER, content=b"\x00not json", headers={"x-lepton-version": "9", "x-other": "1"})
+    response = await lab.client.post(INFER, content=b"\x00not json", headers={"x-lepton-bucket": "9", "x-other": "1"})
     assert response.status_code == 200
     assert response.json()["model_name"] == "m"
     assert response.headers["x-lepton-version"] == "1"
@@ -23,7 +23,7 @@ async def test_an_infer_request_goes_through_the_mesh_unparsed(lab: Lab) -> None
     assert request.body == b"\x00not json"
     assert request.target == b"/v2/models/m/infer"
     assert request.headers[b"host"] == b"m.acme.models.lepton"
-    assert request.headers.keys().isdisjoint({b"x-lepton-version", b"authorization", b"x-other"})
+    assert request.headers.keys().isdisjoint({b"x-lepton-version", b"x-lepton-bucket", b"authorization", b"x-other"})
 
 
 async def test_headers_of_the_protocol_pass_both_ways(lab: Lab) -> None:

@@ -1,8 +1,8 @@
 """What a caller may ask of the registry.
 
-Who may do what: `read` reads, `deploy` uploads and registers, `admin` manages the keys of its own tenant. An admin key
-of the tenant `default` is the operator's: it also makes tenants and manages the keys of every tenant. What belongs to
-another tenant answers 404, as if it did not exist.
+Who may do what: `read` reads, `deploy` also uploads and registers, `admin` also manages the keys of its own tenant. An
+admin key of the tenant `default` is the operator's: it also makes tenants and manages the keys of every tenant. What
+belongs to another tenant answers 404, as if it did not exist.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from lepton import models as shapes
-from lepton_common.auth import Caller, new_secret
+from lepton_common.auth import Caller, check_operator, new_secret
 from lepton_common.blobs import Blobs
 from lepton_common.db import Database, Tx
 from lepton_common.errors import NotFound
@@ -29,7 +29,6 @@ from lepton_registry.domain import (
     Push,
     Version,
     check_new_key,
-    check_operator,
     managed_tenant,
     manages,
     next_version,
@@ -75,7 +74,7 @@ WithParts = Annotated[Parts, Depends(_parts)]
 @router.post("/tenants", status_code=201, responses={200: {"model": shapes.Tenant}}, tags=["tenants"])
 async def create_tenant(new: shapes.NewTenant, by: Admin, parts: WithParts, response: Response) -> shapes.Tenant:
     """The tenant exists; 200 when it did before. Only for the operator."""
-    check_operator(by.tenant)
+    check_operator(by)
     async with parts.db.transaction() as tx:
         if not await store.add_tenant(tx, new.name):
             response.status_code = HTTPStatus.OK

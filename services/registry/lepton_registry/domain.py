@@ -1,21 +1,20 @@
 """The registry's rules: who may manage what, how versions are numbered, what a fact changes and how it is told."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeGuard
 from uuid import UUID
 
-from lepton_common.errors import Conflict, Forbidden, Invalid, NotFound
-from lepton_common.events import Batching, ModelEvent, VersionRegistered
+from lepton_common.auth import DEFAULT_TENANT
+from lepton_common.errors import Conflict, Invalid, NotFound
+from lepton_common.events import Batching, Event, ModelEvent, RolloutEvent, VersionRegistered
 from lepton_common.records import KeyRecord
 from lepton_common.signature import Signature
 
 PRODUCTION = "production"
-
-# Exists from the first migration. Its admin keys are the operator's: they manage every tenant.
-DEFAULT_TENANT = "default"
 
 # Every kind of bytes that inspection lets through.
 ONNX = "onnx"
@@ -49,10 +48,16 @@ class Model:
 
 
 class VersionState(StrEnum):
-    """How a version's last rollout ended; `registered` when it has had none."""
+    """How a version's last rollout ended; `registered` when it has had none.
+
+    The version in production is `promoted` as long as it is there: a later rollout of it that came to nothing left the
+    traffic with it. What was promoted once and is not in production any more may end in any state; its timeline tells.
+    """
 
     REGISTERED = "registered"
     PROMOTED = "promoted"
+    ROLLED_BACK = "rolled_back"
+    ABORTED = "aborted"
     FAILED = "failed"
 
 
@@ -116,12 +121,6 @@ def managed_tenant(own: str, asked: str | None) -> str:
     raise NotFound(f"no tenant {tenant!r}")
 
 
-def check_operator(own: str) -> None:
-    """Raises Forbidden unless an admin of tenant `own` is the operator."""
-    if own != DEFAULT_TENANT:
-        raise Forbidden(f"only an admin key of the tenant {DEFAULT_TENANT!r} may do this")
-
-
 def check_new_key(name: str, expires_at: datetime | None, existing: Iterable[KeyRecord], now: datetime) -> None:
     """Raises Invalid for a key that would be dead at birth, Conflict when one of the tenant's keys has the name.
 
@@ -169,17 +168,36 @@ def registered(version: Version, *, deploy: bool) -> VersionRegistered:
     )
 
 
-def state_after(outcome: str) -> VersionState:
-    """A version's state after a rollout of it with that outcome. Anything but `promoted` is a failure."""
-    return VersionState.PROMOTED if outcome == "promoted" else VersionState.FAILED
+_ENDS = {
+    "promoted": VersionState.PROMOTED,
+    "rolled_back": VersionState.ROLLED_BACK,
+    "aborted": VersionState.ABORTED,
+}
 
+
+def state_after(outcome: str, *, in_production: bool) -> VersionState | None:
+    """A version's state after a rollout of it with that outcome, None when it stays as it is.
+
+    An outcome that is not known here is a failure.
+    """
+    state = _ENDS.get(outcome, VersionState.FAILED)
+    return None if in_production and state is not VersionState.PROMOTED else state
+
+
+# What happens every second is no part of a model's story: it would bury the rest.
+_TOPICS_OF_THE_STORY = {ModelEvent.topic, RolloutEvent.topic}
 
 # What an entry says in fields of its own; all else of an event is evidence.
 _TOLD = {"id", "at", "tenant", "model", "version", "actor", "reason"}
 
 
+def is_told(kind: type[Event]) -> TypeGuard[type[ModelEvent]]:
+    """Whether events of that type are on their model's timeline."""
+    return issubclass(kind, ModelEvent) and kind.topic in _TOPICS_OF_THE_STORY
+
+
 def entry(event: ModelEvent) -> Entry:
-    """The timeline entry that tells the event."""
+    """The timeline entry that tells the event, in values that PostgreSQL can keep."""
     return Entry(
         id=event.id,
         tenant=event.tenant,
@@ -187,7 +205,22 @@ def entry(event: ModelEvent) -> Entry:
         at=event.at,
         type=type(event).__name__,
         version=getattr(event, "version", None),
-        actor=getattr(event, "actor", ""),
-        reason=getattr(event, "reason", ""),
-        evidence=event.model_dump(mode="json", exclude=_TOLD),
+        actor=_storable(getattr(event, "actor", "")),
+        reason=_storable(getattr(event, "reason", "")),
+        evidence=_storable(event.model_dump(mode="json", exclude=_TOLD)),
     )
+
+
+def _storable(value: Any) -> Any:
+    """As it is, but for what neither text nor jsonb can hold: NUL is U+FFFD, and a number that is none is None."""
+    match value:
+        case str():
+            return value.replace("\0", "\N{REPLACEMENT CHARACTER}")
+        case float() if not math.isfinite(value):
+            return None
+        case list():
+            return [_storable(each) for each in value]
+        case dict():
+            return {_storable(name): _storable(each) for name, each in value.items()}
+        case _:
+            return value

@@ -14,14 +14,19 @@ async def on_fact(event: ModelEvent, tx: Tx) -> None:
 
 
 async def on_rollout_finished(event: RolloutFinished, tx: Tx) -> None:
-    """Decide: the version knows how its rollout ended; a promoted one is `production` now."""
-    await store.add_entry(tx, entry(event))
+    """Decide: the version knows how its rollout ended; a promoted one is `production` now.
+
+    For one in production that came to nothing nothing changes: the traffic was with it and still is.
+    """
+    told = entry(event)
+    await store.add_entry(tx, told)
     model = await store.lock_model(tx, event.ref)
     version = VersionRef(event.ref, event.version)
     await store.get_version(tx, version)
-    state = state_after(event.outcome)
-    await store.save_state(tx, version, state, event.reason)
     previous = model.aliases.get(PRODUCTION)
+    state = state_after(event.outcome, in_production=previous == event.version)
+    if state is not None:
+        await store.save_state(tx, version, state, told.reason)
     if state is VersionState.PROMOTED and previous != event.version:
         await store.save_alias(tx, version, PRODUCTION)
         await tx.emit(VersionPromoted(tenant=event.tenant, model=event.model, version=event.version, previous=previous))

@@ -3,11 +3,10 @@
 import contextlib
 from datetime import datetime
 
+from lepton_common.auth import DEFAULT_TENANT
 from lepton_common.errors import Conflict
 from lepton_common.etcd import EtcdClient
 from lepton_common.records import KEYS, KeyRecord, Scope
-
-from lepton_registry.domain import DEFAULT_TENANT
 
 _ID_CHARS = 16
 

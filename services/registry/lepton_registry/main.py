@@ -1,6 +1,6 @@
 """registry knows what there is: tenants, keys, artifacts, models, versions, and every model's timeline.
 
-hears: every fact about a model (registry, rollout)
+hears: every fact of a model's story (registry, rollout)
 says:  ModelCreated, VersionRegistered, VersionPromoted
 owns:  schema registry, the blobs, etcd /lepton/keys
 """
@@ -15,7 +15,7 @@ from lepton_common.blobs import Blobs
 from lepton_common.bus import Bus
 from lepton_common.db import Database, migrate
 from lepton_common.etcd import EtcdClient
-from lepton_common.events import ModelEvent, RolloutFinished
+from lepton_common.events import RolloutFinished
 from lepton_common.kafka import KafkaBus
 from lepton_common.kafka_client import ensure_topics
 from lepton_common.service import Service, run
@@ -23,6 +23,7 @@ from lepton_common.telemetry import Telemetry, configure
 from lepton_common.web import create_app
 
 from lepton_registry import api, api_artifacts
+from lepton_registry.domain import is_told
 from lepton_registry.handlers import on_fact, on_rollout_finished
 from lepton_registry.inspector import ChildInspector
 from lepton_registry.keys import ensure_bootstrap_key
@@ -50,7 +51,7 @@ def build(settings: Settings, telemetry: Telemetry, db: Database, etcd: EtcdClie
     service.prepare(keys.mirror.synced)
     service.every(_SWEEP_EVERY_S, sweep)
     for kind in events.types():
-        if issubclass(kind, ModelEvent) and kind is not RolloutFinished:
+        if is_told(kind) and kind is not RolloutFinished:
             service.decide(kind, on_fact)
     service.decide(RolloutFinished, on_rollout_finished)
 

@@ -68,16 +68,28 @@ class Registry:
     async def tenant(self, name: str, *scopes: str) -> httpx.AsyncClient:
         """A client with a key of that tenant, which exists, as soon as the key counts."""
         operator = await self.client()
-        (await operator.post("/v1/tenants", json={"name": name})).raise_for_status()
-        body = {"name": f"key {uuid4()}", "tenant": name, "scopes": scopes or ["read", "deploy"]}
-        made = (await operator.post("/v1/keys", json=body)).raise_for_status().json()
-        client = await self.client(made["secret"])
+        await accepted(lambda: operator.post("/v1/tenants", json={"name": name}))
+
+        def new_key() -> Awaitable[httpx.Response]:
+            # Another name every time: a key whose answer was lost may be there.
+            body = {"name": f"key {uuid4()}", "tenant": name, "scopes": scopes or ["read", "deploy"]}
+            return operator.post("/v1/keys", json=body)
+
+        client = await self.client((await accepted(new_key)).json()["secret"])
         await until_known(client)
         return client
 
 
-async def until(holds: Callable[[], Awaitable[bool]], within_s: float = 5) -> None:
-    """Returns as soon as it holds. For what is only seen by asking again."""
+async def accepted(ask: Callable[[], Awaitable[httpx.Response]]) -> httpx.Response:
+    """The answer of success. Asks again while it is 503, as callers should: on a busy machine a part may be slow."""
+    async with asyncio.timeout(60):
+        while (answer := await ask()).status_code == httpx.codes.SERVICE_UNAVAILABLE:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    return answer.raise_for_status()
+
+
+async def until(holds: Callable[[], Awaitable[bool]], within_s: float = 60) -> None:
+    """Returns as soon as it holds. For what is only seen by asking again. The limit is there so that a test ends."""
     async with asyncio.timeout(within_s):
         while not await holds():  # noqa: ASYNC110 - over HTTP there is nothing to await
             await asyncio.sleep(0.005)
@@ -85,9 +97,10 @@ async def until(holds: Callable[[], Awaitable[bool]], within_s: float = 5) -> No
 
 async def until_known(client: httpx.AsyncClient) -> None:
     """The client's key counts: the service has heard of it from etcd."""
+    unknown = {httpx.codes.UNAUTHORIZED, httpx.codes.SERVICE_UNAVAILABLE}
 
     async def known() -> bool:
-        return (await client.get("/v1/models/nobody-has-this")).status_code != httpx.codes.UNAUTHORIZED
+        return (await client.get("/v1/models/nobody-has-this")).status_code not in unknown
 
     await until(known)
 

@@ -115,7 +115,14 @@ async def test_key_that_has_expired_opens_nothing(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scope", "status"), [("infer", (403, 403, 403)), ("read", (200, 403, 403)), ("deploy", (403, 404, 403))]
+    ("scope", "status"),
+    [
+        ("infer", (403, 403, 403)),
+        ("test", (403, 403, 403)),
+        ("read", (200, 403, 403)),
+        ("deploy", (200, 404, 403)),
+        ("admin", (200, 404, 200)),
+    ],
 )
 async def test_each_scope_opens_its_own_doors(registry: Registry, scope: str, status: tuple[int, int, int]) -> None:
     client = await registry.tenant("acme", scope)

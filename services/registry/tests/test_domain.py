@@ -4,8 +4,21 @@ from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import pytest
-from lepton_common.errors import Conflict, Forbidden, Invalid, NotFound
-from lepton_common.events import Batching, ModelCreated, RolloutFinished, VersionRegistered
+from lepton import models as shapes
+from lepton_common.errors import Conflict, Invalid, NotFound
+from lepton_common.events import (
+    Batching,
+    MeshReturned,
+    MeshTaken,
+    ModelCreated,
+    PolicySet,
+    RolloutFinished,
+    RolloutHeld,
+    RolloutSteered,
+    TrafficShifted,
+    VersionRegistered,
+    types,
+)
 from lepton_common.records import KeyRecord, Scope
 from lepton_common.signature import Signature, TensorSpec
 from lepton_registry.domain import (
@@ -14,8 +27,8 @@ from lepton_registry.domain import (
     Push,
     VersionState,
     check_new_key,
-    check_operator,
     entry,
+    is_told,
     managed_tenant,
     next_version,
     registered,
@@ -46,9 +59,6 @@ def test_admin_manages_its_own_tenant_and_the_operator_all() -> None:
         managed_tenant("acme", "other")
     with pytest.raises(NotFound):
         managed_tenant("acme", "default")
-    check_operator("default")
-    with pytest.raises(Forbidden):
-        check_operator("acme")
 
 
 def test_key_may_not_be_born_dead_or_share_a_name() -> None:
@@ -60,10 +70,29 @@ def test_key_may_not_be_born_dead_or_share_a_name() -> None:
         check_new_key("ci", None, [held], NOW)
 
 
-def test_only_a_promoted_rollout_leaves_a_version_promoted() -> None:
-    assert state_after("promoted") is VersionState.PROMOTED
-    assert state_after("failed") is VersionState.FAILED
-    assert state_after("rolled_back") is VersionState.FAILED
+def test_state_says_how_the_last_rollout_ended() -> None:
+    ends = ("promoted", "rolled_back", "aborted", "failed", "an end of a later release")
+    assert [state_after(each, in_production=False) for each in ends] == [
+        VersionState.PROMOTED,
+        VersionState.ROLLED_BACK,
+        VersionState.ABORTED,
+        VersionState.FAILED,
+        VersionState.FAILED,
+    ]
+
+
+def test_version_in_production_stays_promoted() -> None:
+    assert state_after("promoted", in_production=True) is VersionState.PROMOTED
+    assert [state_after(each, in_production=True) for each in ("rolled_back", "aborted", "failed")] == [None] * 3
+
+
+def test_states_are_those_that_the_api_tells() -> None:
+    assert [*VersionState] == [*shapes.VersionState]
+
+
+def test_story_is_of_what_was_decided_and_not_of_every_second() -> None:
+    untold = {kind.__name__ for kind in types() if not is_told(kind)}
+    assert untold == {"InferenceWindow", "WindowClosed"}
 
 
 def test_entry_tells_who_why_and_on_what_grounds() -> None:
@@ -73,8 +102,26 @@ def test_entry_tells_who_why_and_on_what_grounds() -> None:
     )
     told = entry(event)
     assert (told.id, told.type, told.version, told.reason) == (event.id, "RolloutFinished", 2, "no worker")
-    assert told.evidence == {"rollout": str(rollout), "outcome": "failed", "previous": 1}
+    assert told.evidence == {"rollout": str(rollout), "outcome": "failed", "previous": 1, "evidence": {}}
     registered = VersionRegistered(tenant="acme", model="digits", version=1, sha256=SHA, size_bytes=3, actor="ci")
     assert entry(registered).actor == "ci"
     assert entry(registered).evidence["sha256"] == SHA
     assert entry(ModelCreated(tenant="acme", model="digits")).version is None
+
+
+def test_entry_of_what_a_person_did_says_who_and_what() -> None:
+    about = {"tenant": "acme", "model": "digits"}
+    rollout = {**about, "rollout": uuid4(), "version": 2}
+    held = entry(RolloutHeld.model_validate({**rollout, "reason": "approval", "page": True}))
+    assert (held.version, held.actor, held.reason, held.evidence["page"]) == (2, "", "approval", True)
+    steered = RolloutSteered.model_validate({**rollout, "command": "pause", "actor": "anna", "reason": "lunch"})
+    told = entry(steered)
+    assert (told.actor, told.reason, told.evidence["command"]) == ("anna", "lunch", "pause")
+    shifted = TrafficShifted.model_validate({**rollout, "percent": 5, "reason": "step 1", "actor": "anna"})
+    assert (entry(shifted).actor, entry(shifted).evidence["percent"]) == ("anna", 5.0)
+    policy = entry(PolicySet.model_validate({**about, "policy": {"strategy": "shadow"}, "actor": "ci"}))
+    assert (policy.version, policy.actor, policy.evidence) == (None, "ci", {"policy": {"strategy": "shadow"}})
+    taken = entry(MeshTaken.model_validate({**about, "actor": "anna", "spec": {"hosts": ["m"]}}))
+    assert (taken.actor, taken.evidence) == ("anna", {"spec": {"hosts": ["m"]}})
+    returned = entry(MeshReturned.model_validate({**about, "actor": "anna"}))
+    assert (returned.version, returned.actor, returned.evidence) == (None, "anna", {})

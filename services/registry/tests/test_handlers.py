@@ -76,6 +76,37 @@ async def test_version_promoted_again_is_not_told_twice(db: Database) -> None:
         assert len(await told(tx)) == 1
 
 
+async def test_version_in_production_keeps_its_state_when_a_later_rollout_of_it_comes_to_nothing(db: Database) -> None:
+    async with db.transaction() as tx:
+        await on_rollout_finished(finished(1), tx)
+        await on_rollout_finished(finished(1, "aborted", "version 2 is newer"), tx)
+        version = await store.get_version(tx, VersionRef(DIGITS, 1))
+        assert (version.state, version.state_reason) == (VersionState.PROMOTED, "all ready")
+
+
+@pytest.mark.parametrize("outcome", ["rolled_back", "aborted"])
+async def test_version_that_was_in_production_once_says_how_its_last_rollout_ended(db: Database, outcome: str) -> None:
+    async with db.transaction() as tx:
+        await on_rollout_finished(finished(1), tx)
+        await on_rollout_finished(finished(2), tx)
+        await on_rollout_finished(finished(1, outcome, "more errors"), tx)
+        assert (await store.get_model(tx, DIGITS)).aliases == {"production": 2}
+        version = await store.get_version(tx, VersionRef(DIGITS, 1))
+        assert (version.state, version.state_reason) == (VersionState(outcome), "more errors")
+
+
+async def test_fact_is_told_whatever_its_text_and_numbers_are(db: Database) -> None:
+    evidence = {"a\0b": ["x\0y", float("nan"), {"z": float("inf")}]}
+    event = finished(1, "failed", "op \0 unknown").model_copy(update={"evidence": evidence})
+    async with db.transaction() as tx:
+        await on_rollout_finished(event, tx)
+        (told,) = await store.list_entries(tx, DIGITS, after=0, limit=10)
+        assert told.reason == "op \ufffd unknown"
+        assert told.evidence["evidence"] == {"a\ufffdb": ["x\ufffdy", None, {"z": None}]}
+        version = await store.get_version(tx, VersionRef(DIGITS, 1))
+        assert version.state_reason == told.reason
+
+
 async def test_rollout_of_an_unknown_version_is_an_error(db: Database) -> None:
     async with db.transaction() as tx:
         with pytest.raises(NotFound):

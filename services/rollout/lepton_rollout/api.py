@@ -1,31 +1,24 @@
-"""rollout's HTTP API: rollouts, and what is served."""
+"""rollout's HTTP API: what is served, and by which policy it comes to be. `api_rollouts.py` has the rollouts."""
 
-from collections.abc import Collection
 from typing import Annotated
-from uuid import UUID
 
-from fastapi import APIRouter, Path, Query
-from lepton.models import (
-    LoadedVersion,
-    Name,
-    NewRollout,
-    Rollout,
-    RolloutState,
-    ServingView,
-    Strategy,
-    TrafficShare,
-    VersionChoice,
-)
+from fastapi import APIRouter, Path
+from lepton.models import Name, ServingView, VersionChoice
+from lepton.policies import PRESETS, Policy
+from lepton.rollouts import MeshView, NewMesh, Policies, Rollout, StoredPolicy
 from lepton_common.auth import Caller
 from lepton_common.db import Database
 from lepton_common.errors import NotFound
-from lepton_common.records import Scope, Serving, WorkerState
+from lepton_common.events import PolicySet
+from lepton_common.records import Scope, Serving
 from lepton_common.types import ModelRef
 from lepton_common.web import caller
 
-from lepton_rollout import domain, store
+from lepton_rollout import store_facts
 from lepton_rollout.commands import Commands
 from lepton_rollout.serving import ServingTable
+from lepton_rollout.steering import Steering
+from lepton_rollout.views import mesh_view, rollout_view, serving_view
 from lepton_rollout.workers import Workers
 
 Reader = Annotated[Caller, caller(Scope.READ)]
@@ -34,38 +27,18 @@ ModelName = Annotated[Name, Path()]
 MODEL_ITSELF = VersionChoice()
 
 
-def router(db: Database, table: ServingTable, workers: Workers, commands: Commands) -> APIRouter:
-    """The routes under /v1/rollouts and /v1/serving."""
+def router(db: Database, table: ServingTable, workers: Workers, commands: Commands, steering: Steering) -> APIRouter:
+    """The routes under /v1/serving, /v1/policies and /v1/mesh."""
     routes = APIRouter(prefix="/v1")
-    _add_rollout_routes(routes, db, commands)
     _add_serving_routes(routes, table, workers, commands)
+    _add_policy_routes(routes, db)
+    _add_mesh_routes(routes, table, steering)
     return routes
-
-
-def _add_rollout_routes(routes: APIRouter, db: Database, commands: Commands) -> None:
-    @routes.post("/rollouts", status_code=202)
-    async def start(new: NewRollout, by: Deployer) -> Rollout:
-        """Bring a version to all of its model's traffic. Repeating it returns the rollout that is on its way."""
-        return _rollout(await commands.deploy(ModelRef(by.tenant, new.model), new.version, by.name))
-
-    @routes.get("/rollouts")
-    async def list_all(
-        by: Reader, model: Name | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100
-    ) -> list[Rollout]:
-        """The newest rollouts first."""
-        async with db.transaction() as tx:
-            return [_rollout(each) for each in await store.list_rollouts(tx, by.tenant, model, limit)]
-
-    @routes.get("/rollouts/{rollout}")
-    async def get(rollout: UUID, by: Reader) -> Rollout:
-        """One rollout."""
-        async with db.transaction() as tx:
-            return _rollout(await store.get_rollout(tx, by.tenant, rollout))
 
 
 def _add_serving_routes(routes: APIRouter, table: ServingTable, workers: Workers, commands: Commands) -> None:
     def view(serving: Serving) -> ServingView:
-        return _view(serving, workers.states())
+        return serving_view(serving, workers.states())
 
     @routes.get("/serving")
     async def list_served(by: Reader) -> list[ServingView]:
@@ -75,15 +48,12 @@ def _add_serving_routes(routes: APIRouter, table: ServingTable, workers: Workers
     @routes.get("/serving/{model}")
     async def get_served(model: ModelName, by: Reader) -> ServingView:
         """What is served of one model."""
-        serving = await table.get(ModelRef(by.tenant, model))
-        if serving.generation == 0:
-            raise NotFound(f"model {model!r} is not served")
-        return view(serving)
+        return view(await _served(table, ModelRef(by.tenant, model)))
 
     @routes.post("/serving/{model}/rollback", status_code=202)
     async def roll_back(model: ModelName, by: Deployer) -> Rollout:
-        """Bring all traffic back to the previous version, which is warm. A rollout still loading gives way."""
-        return _rollout(await commands.roll_back(ModelRef(by.tenant, model), by.name))
+        """Bring all traffic back to the previous version, which is warm. Rollouts under way give way."""
+        return rollout_view(await commands.roll_back(ModelRef(by.tenant, model), by.name))
 
     @routes.post("/serving/{model}/load")
     async def load(model: ModelName, by: Deployer, choice: VersionChoice = MODEL_ITSELF) -> ServingView:
@@ -96,38 +66,71 @@ def _add_serving_routes(routes: APIRouter, table: ServingTable, workers: Workers
         return view(await commands.unload(ModelRef(by.tenant, model), choice.version))
 
 
-def _rollout(rollout: domain.Rollout) -> Rollout:
-    return Rollout(
-        id=rollout.id,
-        tenant=rollout.model.tenant,
-        model=rollout.model.model,
-        version=rollout.version,
-        previous=rollout.previous,
-        strategy=Strategy(rollout.strategy),
-        state=RolloutState(rollout.state),
-        reason=rollout.reason,
-        percent=rollout.percent,
-        actor=rollout.actor,
-        started_at=rollout.started_at,
-        finished_at=rollout.finished_at,
-    )
+def _add_policy_routes(routes: APIRouter, db: Database) -> None:
+    @routes.get("/policies")
+    async def list_policies(by: Reader) -> Policies:
+        """The named policies, and the JSON schema of one's own."""
+        return Policies(presets=dict(PRESETS), schema=Policy.model_json_schema())
+
+    @routes.get("/policies/{model}")
+    async def get_policy(model: ModelName, by: Reader) -> StoredPolicy:
+        """By which policy the model's versions come to live traffic unless a rollout says otherwise."""
+        async with db.transaction() as tx:
+            found = await store_facts.find_policy(tx, ModelRef(by.tenant, model))
+        if found is None:
+            return StoredPolicy(model=model, policy=Policy(), source="default")
+        policy, actor, at = found
+        return StoredPolicy(model=model, policy=policy, source=actor, at=at)
+
+    @routes.put("/policies/{model}")
+    async def set_policy(model: ModelName, policy: Policy, by: Deployer) -> StoredPolicy:
+        """From now on the model has this policy; rollouts under way keep theirs."""
+        said = PolicySet(tenant=by.tenant, model=model, policy=policy.model_dump(mode="json"), actor=by.name)
+        async with db.transaction() as tx:
+            await store_facts.save_policy(tx, said.ref, policy, by.name, said.at)
+            await tx.emit(said)
+        return StoredPolicy(model=model, policy=policy, source=by.name, at=said.at)
+
+    @routes.delete("/policies/{model}", status_code=204)
+    async def unset_policy(model: ModelName, by: Deployer) -> None:
+        """The model has the default policy again."""
+        said = PolicySet(tenant=by.tenant, model=model, policy={}, actor=by.name)
+        async with db.transaction() as tx:
+            if not await store_facts.remove_policy(tx, said.ref):
+                raise NotFound(f"model {model!r} has no policy of its own")
+            await tx.emit(said)
 
 
-def _view(serving: Serving, workers: Collection[WorkerState]) -> ServingView:
-    return ServingView(
-        tenant=serving.tenant,
-        model=serving.model,
-        generation=serving.generation,
-        stable=serving.stable,
-        previous=serving.previous,
-        split=[TrafficShare(version=share.version, percent=share.percent) for share in serving.split],
-        versions=sorted(each.version for each in serving.versions),
-        workers=[
-            LoadedVersion(
-                version=loaded.version, worker=worker.id, device=worker.device, state=loaded.state, reason=loaded.reason
-            )
-            for worker in sorted(workers, key=lambda worker: worker.id)
-            for loaded in worker.versions
-            if (loaded.tenant, loaded.model) == (serving.tenant, serving.model)
-        ],
-    )
+def _add_mesh_routes(routes: APIRouter, table: ServingTable, steering: Steering) -> None:
+    async def view(model: ModelRef) -> MeshView:
+        await _served(table, model)
+        return mesh_view(*await table.live(model))
+
+    @routes.get("/mesh/{model}")
+    async def get_mesh(model: ModelName, by: Reader) -> MeshView:
+        """The model's VirtualService and DestinationRule."""
+        return await view(ModelRef(by.tenant, model))
+
+    @routes.put("/mesh/{model}")
+    async def take_mesh(model: ModelName, new: NewMesh, by: Deployer) -> MeshView:
+        """Move the model's traffic by hand with an Istio VirtualService; answers when the mesh has acknowledged it.
+
+        An open rollout goes on watching, and gives advice.
+        """
+        ref = ModelRef(by.tenant, model)
+        await steering.take(ref, by.name, dict(new.virtual_service), new.reason or "")
+        return await view(ref)
+
+    @routes.delete("/mesh/{model}")
+    async def release_mesh(model: ModelName, by: Deployer) -> MeshView:
+        """Give the wheel back: to the open rollout's stage, else to the stable version."""
+        ref = ModelRef(by.tenant, model)
+        await steering.release(ref, by.name)
+        return await view(ref)
+
+
+async def _served(table: ServingTable, model: ModelRef) -> Serving:
+    serving = await table.get(model)
+    if serving.generation == 0:
+        raise NotFound(f"model {model.model!r} is not served")
+    return serving

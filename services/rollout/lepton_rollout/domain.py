@@ -1,245 +1,313 @@
-"""The rules of moving a model's traffic: what a serving record becomes, and when a rollout may go on. Pure."""
+"""A rollout from start to end: its states, what persons and the judge make of it. Pure."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from datetime import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import assert_never
 from uuid import UUID
 
-from lepton_common.errors import Conflict, NotFound
-from lepton_common.records import Assigned, LoadState, Serving, Share, WorkerState
+from lepton.policies import OnFailure, Policy
+from lepton.rollouts import Action, GateState, Verdict
+from lepton_common.errors import Conflict
+from lepton_common.events import WindowClosed
+from lepton_common.records import Assigned, Serving
 from lepton_common.types import ModelRef
 
-TOTAL_WEIGHT = 10_000
+from lepton_rollout.judge import Baseline, Evidence, entered, fresh
+from lepton_rollout.policy import Stage, stages
+
+HOME_POOL = "cpu"
+# How long a window that is late behind its successors is waited for.
+GAP_S = 3
 
 
 class State(StrEnum):
-    """loading → shifting → promoted, or failing → failed from the first two.
+    """queued → loading → shifting → promoted, or from any of the first three failing → one of the last three.
 
-    Until a rollout shifts, no traffic has moved. `failing` takes the version off the workers again.
+    Until a rollout shifts, no traffic has moved. `failing` takes the traffic back and the version off the workers;
+    `outcome` says what follows.
     """
 
+    QUEUED = "queued"
     LOADING = "loading"
     SHIFTING = "shifting"
-    PROMOTED = "promoted"
     FAILING = "failing"
+    PROMOTED = "promoted"
+    ROLLED_BACK = "rolled_back"
+    ABORTED = "aborted"
     FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """How far a rollout has come. `stage` is the one it is in, or is about to enter until `applied`: the intent is
+    written down before the mesh is touched, and `applied` once the mesh has acknowledged it. Before it has `begun`, no
+    traffic of its can be anywhere.
+
+    `second` is the Unix second of that acknowledgement, `percent` the share that was acknowledged last. `ready` is the
+    stage it would enter if the other members of its group were as far; `approved` the last stage a person approved.
+    `held` says why only a person can move it on. `judged` is the second of the last window judged, `sequence` its
+    number.
+    """
+
+    begun: bool = False
+    stage: int = 0
+    applied: bool = False
+    percent: float = 0.0
+    second: int = 0
+    entered_at: datetime | None = None
+    ready: int = 0
+    approved: int = -1
+    paused: bool = False
+    held: str = ""
+    waiting_for: str = ""
+    judged: int = 0
+    sequence: int = 0
+    evidence: Evidence = field(default_factory=fresh)
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """A version's way to all of its model's traffic. `assigned` is what the workers of its pool load.
 
-    `previous` served before it; it is known once the rollout is promoted.
+    `stable` served when it began to load and is what it is compared with; `previous` served before it, known once it
+    is promoted. `revision` grows with every change, so that none is written over unseen.
     """
 
     id: UUID
     model: ModelRef
     assigned: Assigned
-    strategy: str
+    policy: Policy
     actor: str
     started_at: datetime
     load_by: datetime
     state: State = State.LOADING
     reason: str = ""
+    outcome: State | None = None
+    stable: int | None = None
     previous: int | None = None
+    group: UUID | None = None
     finished_at: datetime | None = None
+    walk: Walk = field(default_factory=Walk)
+    revision: int = 0
 
     @property
     def version(self) -> int:
         return self.assigned.version
 
     @property
-    def percent(self) -> float:
-        """The share of traffic it brought its version to."""
-        return 100.0 if self.state is State.PROMOTED else 0.0
+    def plan(self) -> tuple[Stage, ...]:
+        """What it goes through. A model's first version has nothing to be compared with, the stable one no need."""
+        return stages(self.policy, first=self.stable in (None, self.version))
+
+    @property
+    def stage(self) -> Stage:
+        """The stage it is in or about to enter; past the end of its plan, the last."""
+        plan = self.plan
+        return plan[min(self.walk.stage, len(plan) - 1)]
+
+    @property
+    def following(self) -> Stage | None:
+        """The stage it would enter next; None when that is the end."""
+        number = self.walk.stage + 1 if self.state is State.SHIFTING else 0
+        return self.plan[number] if number < len(self.plan) else None
+
+    @property
+    def lacks_approval(self) -> bool:
+        return self.following is not None and self.following.approval and self.walk.approved < self.following.number
+
+    @property
+    def is_through(self) -> bool:
+        """Whether nothing of its plan is left but to be promoted."""
+        return self.walk.stage >= len(self.plan)
+
+    @property
+    def home(self) -> Assigned:
+        """What the workers hold of it once it is promoted."""
+        return self.assigned.model_copy(update={"pool": HOME_POOL}) if self.policy.pool else self.assigned
 
 
-# --- what a serving record becomes ------------------------------------------------------------------------------------
+# --- on its way -------------------------------------------------------------------------------------------------------
 
 
-def unserved(model: ModelRef) -> Serving:
-    """The record of a model before anything of it is served."""
-    return Serving(tenant=model.tenant, model=model.model, generation=0)
+def loading(rollout: Rollout, now: datetime) -> Rollout:
+    """Its turn has come: the workers have their time to load the version from now on."""
+    return replace(rollout, state=State.LOADING, load_by=now + (rollout.load_by - rollout.started_at), reason="")
 
 
-def warmed(serving: Serving, assigned: Assigned) -> Serving:
-    """The pool's workers hold the version; its share of traffic is what it was."""
-    if serving.assigned(assigned.version) == assigned:
-        return serving
-    others = tuple(each for each in serving.versions if each.version != assigned.version)
-    return _next(serving, versions=(*others, assigned))
-
-
-def promoted(serving: Serving, version: int) -> Serving:
-    """The version takes all traffic and is the stable one; what was stable is `previous` and stays warm.
-
-    What was `previous` until now is let go. Raises Conflict when no pool holds the version.
-    """
-    if serving.assigned(version) is None:
-        raise Conflict(f"version {version} of model {serving.model!r} is not assigned to any pool")
-    split = (Share(version=version, percent=100),)
-    if serving.stable == version:
-        return _next(serving, split=split)
-    let_go = {serving.previous} - {version, serving.stable}
-    versions = tuple(each for each in serving.versions if each.version not in let_go)
-    return _next(serving, stable=version, previous=serving.stable, split=split, versions=versions)
-
-
-def abandoned(serving: Serving, version: int) -> Serving:
-    """A version that never got traffic is no longer held; one that serves, or that one can return to, stays."""
-    if version in {serving.stable, serving.previous} | _live(serving):
-        return serving
-    return _next(serving, versions=_without(serving, version))
-
-
-def cooled(serving: Serving, version: int) -> Serving:
-    """No worker holds the warm version. Raises NotFound when none does, Conflict while it takes traffic."""
-    if serving.assigned(version) is None:
-        raise NotFound(f"version {version} of model {serving.model!r} is not loaded")
-    if version in _live(serving):
-        raise Conflict(f"version {version} of model {serving.model!r} takes live traffic: deploy another version first")
-    return _next(serving, versions=_without(serving, version))
-
-
-def unrouted(serving: Serving) -> Serving:
-    """The model takes no traffic. Its versions stay on the workers while the mesh may still lead there."""
-    return _next(serving, split=())
-
-
-def withdrawn(serving: Serving) -> Serving:
-    """No worker holds any version. `stable` and `previous` are remembered, so that a load restores the model."""
-    return _next(serving, split=(), versions=())
-
-
-def returned(serving: Serving) -> int:
-    """The version a rollback goes to. Raises NotFound for a model never served, Conflict without a previous one."""
-    if serving.generation == 0:
-        raise NotFound(f"model {serving.model!r} is not served")
-    if serving.previous is None:
-        raise Conflict(f"model {serving.model!r} has no previous version to go back to")
-    return serving.previous
-
-
-def _live(serving: Serving) -> set[int]:
-    return {share.version for share in serving.split if share.percent > 0}
-
-
-def _without(serving: Serving, version: int) -> tuple[Assigned, ...]:
-    return tuple(each for each in serving.versions if each.version != version)
-
-
-def _next(serving: Serving, **changes: object) -> Serving:
-    """The changed record under the next generation; the record itself when nothing changed."""
-    after = serving.model_copy(update=changes)
-    return serving if after == serving else after.model_copy(update={"generation": serving.generation + 1})
-
-
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
-def weights(split: tuple[Share, ...]) -> dict[int, int]:
-    """Each version's weight in ten-thousandths by largest remainder, in the split's order, leaving out those of none.
-
-    They total 10 000, or there are none. A share above zero never vanishes: it gets at least 1.
-    """
-    shares = {share.version: share.percent for share in split if share.percent > 0}
-    total = sum(shares.values())
-    exact = {version: percent * TOTAL_WEIGHT / total for version, percent in shares.items()}
-    floors = {version: max(1, int(weight)) for version, weight in exact.items()}
-    by_remainder = sorted(exact, key=lambda version: floors[version] - exact[version])
-    missing = TOTAL_WEIGHT - sum(floors.values()) if floors else 0
-    for version in by_remainder[: max(0, missing)]:
-        floors[version] += 1
-    if missing < 0:
-        floors[max(floors, key=lambda version: floors[version])] += missing
-    return floors
-
-
-# --- when a rollout may go on -----------------------------------------------------------------------------------------
-
-
-class Loading(StrEnum):
-    """What the workers of a pool make of a version."""
-
-    WAIT = "wait"
-    READY = "ready"
-    FAILED = "failed"
-
-
-def judge_loading(
-    model: ModelRef, assigned: Assigned, workers: Iterable[WorkerState], *, late: bool
-) -> tuple[Loading, str]:
-    """Whether the pool holds the version, and why.
-
-    Ready: no live worker is still at it and at least one has it; once `late`, one is enough, because the mesh retries
-    on another worker. Failed: every live worker failed, or none had it in time. Draining workers do not count.
-    """
-    verdicts: dict[str, tuple[Loading, str]] = {}
-    for worker in workers:
-        if worker.pool == assigned.pool and not worker.draining:
-            verdicts[worker.id] = _verdict(model, assigned, worker)
-    ready = [worker for worker, (state, _) in verdicts.items() if state is Loading.READY]
-    failed = {worker: reason for worker, (state, reason) in verdicts.items() if state is Loading.FAILED}
-    settled = len(ready) + len(failed) == len(verdicts)
-    if ready and (settled or late):
-        return Loading.READY, f"{len(ready)} of {len(verdicts)} workers of pool {assigned.pool!r} are ready"
-    if failed and settled:
-        return Loading.FAILED, _same_or_all(failed)
-    if late:
-        live = f"{len(verdicts) or 'no'} live worker{'' if len(verdicts) == 1 else 's'}"
-        told = {worker: reason for worker, (_, reason) in verdicts.items() if reason}
-        why = f": {_same_or_all(told)}" if told else ""
-        return Loading.FAILED, f"no worker of pool {assigned.pool!r} had the version ready in time ({live}){why}"
-    return Loading.WAIT, ""
-
-
-def _verdict(model: ModelRef, assigned: Assigned, worker: WorkerState) -> tuple[Loading, str]:
-    for loaded in worker.versions:
-        if (loaded.tenant, loaded.model, loaded.version) != (model.tenant, model.model, assigned.version):
-            continue
-        if loaded.sha256 != assigned.sha256:
-            return Loading.WAIT, ""
-        match loaded.state:
-            case LoadState.READY:
-                return Loading.READY, ""
-            case LoadState.FAILED:
-                return Loading.FAILED, loaded.reason or "the worker gave no reason"
-            case LoadState.LOADING | LoadState.UNLOADING:
-                return Loading.WAIT, loaded.reason
-            case _:
-                assert_never(loaded.state)
-    return Loading.WAIT, ""
-
-
-def _same_or_all(reasons: dict[str, str]) -> str:
-    """The reason, once if all workers agree, else each worker's."""
-    if len(set(reasons.values())) == 1:
-        return next(iter(reasons.values()))
-    return "; ".join(f"{worker}: {reason}" for worker, reason in sorted(reasons.items()))
-
-
-# --- a rollout's steps ------------------------------------------------------------------------------------------------
-
-
-def told(rollout: Rollout, at: datetime) -> Rollout:
+def told(rollout: Rollout, serving: Serving, at: datetime) -> Rollout:
     """The workers hear of it only now, as when etcd was away: their time to load the version begins here."""
-    return replace(rollout, load_by=at + (rollout.load_by - rollout.started_at))
+    load_by = at + (rollout.load_by - rollout.started_at)
+    return replace(rollout, load_by=load_by, stable=serving.stable)
 
 
 def shifting(rollout: Rollout, reason: str) -> Rollout:
     """The workers have the version: its traffic may move."""
-    return replace(rollout, state=State.SHIFTING, reason=reason)
+    return replace(rollout, state=State.SHIFTING, reason=reason, walk=replace(rollout.walk, begun=True, waiting_for=""))
 
 
-def failing(rollout: Rollout, reason: str) -> Rollout:
-    """The rollout gives up, and why; its version is still on the workers."""
-    return replace(rollout, state=State.FAILING, reason=reason)
+def applied(rollout: Rollout, at: datetime, baseline: Baseline) -> Rollout:
+    """The mesh has acknowledged the stage: from the next whole second on its windows count, and no earlier verdict."""
+    stage, walk = rollout.stage, rollout.walk
+    # Never before what was judged already, should the gateways' clocks be ahead of ours.
+    second = max(int(at.timestamp()), walk.judged)
+    evidence = entered(walk.evidence, stage, second, baseline)
+    walk = replace(
+        walk,
+        applied=True,
+        percent=stage.percent,
+        second=second,
+        entered_at=at,
+        evidence=evidence,
+        waiting_for="",
+        judged=second,
+        sequence=0,
+        verdict=None,
+    )
+    return replace(rollout, walk=walk)
+
+
+def stepped(rollout: Rollout, reason: str) -> Rollout:
+    """It means to enter the next stage; the mesh does not know yet."""
+    walk = replace(rollout.walk, stage=rollout.walk.stage + 1, applied=False, waiting_for="", held="", paused=False)
+    return replace(rollout, walk=walk, reason=reason)
+
+
+def again(rollout: Rollout) -> Rollout:
+    """The mesh is to be brought to the stage it is in once more, and what is measured before does not count."""
+    return replace(rollout, walk=replace(rollout.walk, applied=False))
+
+
+def held(rollout: Rollout, reason: str) -> Rollout:
+    """Only a person moves it on."""
+    return replace(rollout, walk=replace(rollout.walk, held=reason, waiting_for=reason))
+
+
+def failing(rollout: Rollout, reason: str, outcome: State = State.FAILED) -> Rollout:
+    """It gives up, and why; the traffic is still where it is, and its version on the workers."""
+    if rollout.outcome is not None:
+        return rollout
+    return replace(rollout, state=State.FAILING, reason=reason, outcome=outcome)
 
 
 def finished(rollout: Rollout, serving: Serving, at: datetime) -> Rollout:
-    """The rollout at its end: `promoted` when it shifted, `failed` when it was failing."""
+    """The rollout at its end: `promoted` when it shifted, else what its giving up comes to."""
     if rollout.state is State.SHIFTING:
-        return replace(rollout, state=State.PROMOTED, previous=serving.previous, finished_at=at)
-    return replace(rollout, state=State.FAILED, finished_at=at)
+        walk = replace(rollout.walk, percent=100.0, waiting_for="")
+        return replace(rollout, state=State.PROMOTED, previous=serving.previous, finished_at=at, walk=walk)
+    walk = replace(rollout.walk, percent=0.0, waiting_for="", held="")
+    return replace(rollout, state=rollout.outcome or State.FAILED, finished_at=at, walk=walk)
+
+
+# --- what the judge makes of it ---------------------------------------------------------------------------------------
+
+
+def judged(rollout: Rollout, verdict: Verdict) -> Rollout:
+    """The rollout after a verdict of ROLL_BACK or HOLD. The policy says what harm leads to."""
+    rollout = replace(rollout, walk=replace(rollout.walk, verdict=verdict))
+    if rollout.walk.held:
+        return rollout
+    match verdict.action:
+        case Action.ROLL_BACK if rollout.policy.on_failure is OnFailure.ROLLBACK:
+            return failing(rollout, verdict.reason, State.ROLLED_BACK)
+        case Action.ROLL_BACK:
+            return held(rollout, f"worse than the stable: {verdict.reason}")
+        case _:
+            return waiting(rollout, verdict.reason)
+
+
+def waiting(rollout: Rollout, reason: str) -> Rollout:
+    return replace(rollout, walk=replace(rollout.walk, waiting_for=reason))
+
+
+def ready(rollout: Rollout) -> Rollout:
+    """It would enter the next stage; the others of its group may hold it up."""
+    return replace(rollout, walk=replace(rollout.walk, ready=rollout.walk.stage + 1))
+
+
+def laggard(rollout: Rollout, others: list[Rollout]) -> Rollout | None:
+    """A member of the group that is not as far as the next stage; a shorter plan's end is far enough."""
+    wanted = rollout.walk.stage + 1
+    for each in others:
+        there = each.state is State.SHIFTING and max(each.walk.ready, each.walk.stage) >= min(wanted, len(each.plan))
+        if not there and each.state is not State.PROMOTED:
+            return each
+    return None
+
+
+def is_stalled(rollout: Rollout, now: datetime) -> bool:
+    since = rollout.walk.entered_at
+    return since is not None and now - since > timedelta(seconds=rollout.policy.max_step_s + rollout.stage.dwell_s)
+
+
+def contiguous(rollout: Rollout, windows: Sequence[WindowClosed], now: float) -> Sequence[WindowClosed]:
+    """The windows to judge now, in order. A gap in their numbers is waited for, but not for long: what does not come
+    is no evidence for anything. `now` is in Unix seconds."""
+    sequence = rollout.walk.sequence
+    for index, window in enumerate(windows):
+        gap = sequence and window.sequence > sequence + 1
+        if gap and windows[-1].second - window.second < GAP_S and now - window.second < 2 * GAP_S:
+            return windows[:index]
+        sequence = window.sequence
+    return windows
+
+
+def is_news(before: Verdict | None, after: Verdict) -> bool:
+    """Whether a verdict says something that the one before did not: another action, or a gate in another state."""
+    return before is None or (before.action, _states(before)) != (after.action, _states(after))
+
+
+def _states(verdict: Verdict) -> list[tuple[str, GateState]]:
+    return [(gate.name, gate.state) for gate in verdict.gates]
+
+
+# --- what persons make of it ------------------------------------------------------------------------------------------
+
+
+def paused(rollout: Rollout, reason: str) -> Rollout:
+    """It grows no further until it is resumed; harm still takes it back. Raises Conflict."""
+    _check_open(rollout)
+    return replace(rollout, walk=replace(rollout.walk, paused=True, waiting_for=f"paused: {reason}"))
+
+
+def resumed(rollout: Rollout) -> Rollout:
+    """It goes on. One held for harm starts its judgement anew: somebody has looked. Raises Conflict."""
+    _check_open(rollout)
+    walk = rollout.walk
+    if not (walk.paused or walk.held):
+        raise Conflict(f"rollout {rollout.id} is neither paused nor held: {walk.waiting_for or rollout.state}")
+    if walk.held:
+        return again(replace(rollout, walk=replace(walk, paused=False, held="", waiting_for="", evidence=fresh())))
+    return replace(rollout, walk=replace(walk, paused=False, waiting_for=""))
+
+
+def advanced(rollout: Rollout, reason: str, *, full: bool) -> Rollout:
+    """A person lets it enter the next stage, or with `full` the last one, whatever the judge says. Raises Conflict."""
+    _check_open(rollout)
+    if rollout.state is not State.SHIFTING:
+        raise Conflict(f"rollout {rollout.id} is {rollout.state}: no worker has its version ready yet")
+    last = len(rollout.plan) - 1
+    stage = rollout.walk.stage
+    target = last if full and stage < last else stage + 1
+    return stepped(replace(rollout, walk=replace(rollout.walk, stage=target - 1)), reason)
+
+
+def approved(rollout: Rollout) -> Rollout:
+    """The next stage may begin as soon as the judge agrees. Raises Conflict when it needs no approval."""
+    _check_open(rollout)
+    following = rollout.following
+    if following is None or not following.approval:
+        raise Conflict(f"rollout {rollout.id} waits for no approval: {rollout.walk.waiting_for or rollout.state}")
+    return replace(rollout, walk=replace(rollout.walk, approved=following.number))
+
+
+def aborted(rollout: Rollout, reason: str) -> Rollout:
+    """The traffic goes back. Raises Conflict."""
+    _check_open(rollout)
+    return failing(rollout, reason, State.ABORTED)
+
+
+def _check_open(rollout: Rollout) -> None:
+    if rollout.finished_at is not None or rollout.state is State.FAILING:
+        raise Conflict(f"rollout {rollout.id} is {rollout.state}: {rollout.reason or 'it is over'}")

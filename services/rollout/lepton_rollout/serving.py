@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import structlog
 from lepton_common.errors import Conflict, Unavailable
@@ -9,8 +10,8 @@ from lepton_common.etcd import EtcdClient
 from lepton_common.records import SERVING, Serving
 from lepton_common.types import ModelRef
 
-from lepton_rollout.domain import unserved
-from lepton_rollout.mesh import Mesh, virtual_service
+from lepton_rollout.mesh import Mesh, Stale, virtual_service
+from lepton_rollout.record import unserved
 
 Change = Callable[[Serving], Serving]
 
@@ -47,6 +48,11 @@ class ServingTable:
         before, revision = await self._read(model)
         return await self._write(before, change(before), revision)
 
+    async def live(self, model: ModelRef) -> tuple[Serving, dict[str, Any], dict[str, Any]]:
+        """The model's record, VirtualService and DestinationRule. Raises as Mesh.live."""
+        serving, _ = await self._read(model)
+        return serving, *await self._mesh.live(serving)
+
     async def shift(self, model: ModelRef, change: Change) -> Serving:
         """The mesh has acknowledged the changed record's routes, and then the record is changed.
 
@@ -56,8 +62,18 @@ class ServingTable:
         async with self._one_at_a_time:
             before, revision = await self._read(model)
             after = change(before)
-            await self._mesh.apply(virtual_service(after))
-            return await self._write(before, after, revision)
+            try:
+                await self._apply(after)
+            except Stale as stale:
+                # A shift that died after the mesh had it and before etcd did: this one goes before it.
+                after = after.model_copy(update={"generation": await self._past(stale, model)})
+                await self._apply(after)
+            try:
+                return await self._write(before, after, revision)
+            except Raced:
+                # The mesh must not keep what never became true.
+                await self._reapply_one(model)
+                raise
 
     async def settle(self, model: ModelRef, change: Change) -> Serving:
         """The record is changed, and then the mesh has acknowledged its routes.
@@ -66,14 +82,45 @@ class ServingTable:
         done, and as Mesh.apply: then `reapply` catches up.
         """
         async with self._one_at_a_time:
-            after = await self.record(model, change)
-            await self._mesh.apply(virtual_service(after))
-            return after
+            await self.record(model, change)
+            return await self._reapply_one(model)
 
     async def reapply(self) -> None:
         """The mesh's routes are what the records say. Raises as Mesh.apply."""
         async with self._one_at_a_time:
-            await self._mesh.apply(*(virtual_service(serving) for serving in await self.list()))
+            try:
+                await self._mesh.apply(*(virtual_service(serving) for serving in await self.list()))
+            except Stale as stale:
+                for name in stale.newer:
+                    await self._reapply_one(ModelRef.parse(name))
+
+    async def _reapply_one(self, model: ModelRef) -> Serving:
+        serving, revision = await self._read(model)
+        try:
+            await self._apply(serving)
+        except Stale as stale:
+            after = serving.model_copy(update={"generation": await self._past(stale, model)})
+            await self._write(serving, after, revision)
+            await self._apply(after)
+            return after
+        return serving
+
+    async def _past(self, stale: Stale, model: ModelRef) -> int:
+        """The generation that goes before the mesh's. Raises Raced when etcd has that one too: ours was the old one."""
+        ahead = stale.newer[str(model)]
+        now, _ = await self._read(model)
+        if now.generation >= ahead:
+            raise Raced(f"model {model.model!r} was changed by another call meanwhile") from stale
+        return ahead + 1
+
+    async def _apply(self, serving: Serving) -> None:
+        """Raises as Mesh.apply, but for what somebody else changed there: that is waited for until it is on record."""
+        try:
+            await self._mesh.apply(virtual_service(serving))
+        except Stale:
+            raise
+        except Conflict as error:
+            raise Unavailable(error.message, retry_after_s=1) from error
 
     async def _read(self, model: ModelRef) -> tuple[Serving, int]:
         nothing = unserved(model)

@@ -11,10 +11,12 @@ from lepton.processes import Process, running
 from lepton.servers import Etcd
 from lepton_common.etcd import EtcdClient
 from lepton_common.types import ModelRef
-from lepton_rollout.envoy import EnvoyMesh
+from lepton_rollout.mesh_envoy import EnvoyMesh
+from lepton_rollout.serving import ServingTable
 from lepton_rollout.settings import Settings
 
 from .lab import Lab
+from .scripted_mesh import ScriptedMesh
 from .stand_ins import StandIn, StartWorker
 
 
@@ -77,3 +79,13 @@ async def lab(
     lab = Lab(settings, etcd, start_worker)
     yield lab
     await lab.close()
+
+
+@pytest.fixture
+def scripted_mesh() -> ScriptedMesh:
+    return ScriptedMesh()
+
+
+@pytest.fixture
+def table(etcd: EtcdClient, scripted_mesh: ScriptedMesh) -> ServingTable:
+    return ServingTable(etcd, scripted_mesh)

@@ -16,10 +16,11 @@ from lepton_common.events import VersionRegistered
 from lepton_common.records import KEYS, SERVING, KeyRecord, Scope, Serving
 from lepton_common.telemetry import configure
 from lepton_common.types import ModelRef
-from lepton_rollout.envoy import EnvoyMesh
 from lepton_rollout.main import build
+from lepton_rollout.mesh_envoy import EnvoyMesh
 from lepton_rollout.settings import Settings
 
+from .seconds import Clock, Seconds
 from .stand_ins import PoolWorker, RecordingBus, StartWorker, assigned
 
 
@@ -29,6 +30,7 @@ class Lab:
     def __init__(self, settings: Settings, etcd: EtcdClient, start_worker: StartWorker) -> None:
         self.etcd = etcd
         self.bus = RecordingBus()
+        self.clock = Clock()
         self.settings = settings
         self._start_worker = start_worker
         self._tasks: list[asyncio.Task[None]] = []
@@ -41,7 +43,13 @@ class Lab:
         telemetry = configure("rollout", settings)
         logging.getLogger("httpx").setLevel(logging.WARNING)
         service = build(
-            settings, telemetry, Database(settings.postgres_dsn, "rollout"), EtcdClient(settings.etcd), self.bus, mesh
+            settings,
+            telemetry,
+            Database(settings.postgres_dsn, "rollout"),
+            EtcdClient(settings.etcd),
+            self.bus,
+            mesh,
+            self.clock,
         )
         service.on_close(mesh.close)
         stop = asyncio.Event()
@@ -70,8 +78,8 @@ class Lab:
         await self.etcd.put(f"{KEYS}{digest}", record.model_dump_json().encode())
         return secret
 
-    async def worker(self, name: str) -> PoolWorker:
-        worker = PoolWorker(self.etcd, await self._start_worker(name))
+    async def worker(self, name: str, pool: str = "cpu") -> PoolWorker:
+        worker = PoolWorker(self.etcd, await self._start_worker(name, pool))
         self._tasks.append(asyncio.create_task(worker.run()))
         return worker
 
@@ -92,15 +100,37 @@ class Lab:
 
     async def ended(self, client: httpx.AsyncClient, rollout: dict[str, Any]) -> dict[str, Any]:
         """The rollout once it is over."""
-        while rollout["finished_at"] is None:
-            answer = await client.get(f"/v1/rollouts/{rollout['id']}")
-            rollout = answer.raise_for_status().json()
+        try:
+            async with asyncio.timeout(60):
+                while rollout["finished_at"] is None:
+                    answer = await client.get(f"/v1/rollouts/{rollout['id']}")
+                    rollout = answer.raise_for_status().json()
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            raise AssertionError(f"not over after 60 s: {rollout}") from None
         return rollout
 
     async def deploy(self, client: httpx.AsyncClient, model: ModelRef, version: int) -> dict[str, Any]:
         """The finished rollout of the version."""
-        answer = await client.post("/v1/rollouts", json={"model": model.model, "version": version})
+        answer = await client.post(
+            "/v1/rollouts", json={"model": model.model, "version": version, "policy": "immediate"}
+        )
         return await self.ended(client, answer.raise_for_status().json())
+
+    @asynccontextmanager
+    async def measured(self, model: ModelRef, **behaviour: object) -> AsyncIterator[Seconds]:
+        """During the block the model has traffic, one window after the other: see `Seconds`."""
+        seconds = Seconds(self.etcd, self.bus, self.clock, model)
+        for name, value in behaviour.items():
+            setattr(seconds, name, value)
+        running = asyncio.create_task(seconds.run())
+        try:
+            yield seconds
+        finally:
+            running.cancel()
+            (end,) = await asyncio.gather(running, return_exceptions=True)
+            if not isinstance(end, asyncio.CancelledError):
+                raise AssertionError(f"the traffic stopped: {end!r}")
 
     async def serving(self, model: ModelRef) -> Serving:
         found = await self.etcd.get(f"{SERVING}{model}")

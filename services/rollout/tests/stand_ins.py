@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
@@ -28,8 +29,10 @@ class StandIn:
         self.refused: set[str] = set()  # versions answered as not loaded
         self.cuts_connections = False
         self.is_full = False
+        self.is_stuck = False  # takes requests and never answers
         self.is_listening = True
         self.answered = 0
+        self.heard: deque[dict[str, str]] = deque(maxlen=1000)  # the headers of the last requests
         self.connections: set[asyncio.Transport] = set()
 
     async def __aenter__(self) -> Self:
@@ -81,11 +84,13 @@ class _Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._path, self._version, self._size = b"", "", 0
+        self._headers: dict[str, str] = {}
 
     def on_url(self, url: bytes) -> None:
         self._path = url
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.decode().lower()] = value.decode()
         if name.lower() == b"x-lepton-version":
             self._version = value.decode()
 
@@ -96,7 +101,11 @@ class _Connection(asyncio.Protocol):
         worker = self._worker
         if self._path == b"/v2/health/ready":
             self._answer(200 if worker.is_ready else 503, {})
-        elif worker.cuts_connections:
+            return
+        worker.heard.append(self._headers)
+        if worker.is_stuck:
+            return
+        if worker.cuts_connections:
             self._transport.abort()
         elif self._version in worker.refused:
             self._answer(503, {"error": "not loaded"}, b"x-lepton-reason: not-loaded\r\n")
@@ -206,6 +215,8 @@ class PoolWorker:
     def _versions(self) -> Iterator[Loaded]:
         for serving in self._mirror.items.values():
             for each in serving.versions:
+                if each.pool != self.stand_in.pool:
+                    continue
                 reason = self.failing.get(each.version, "")
                 loading = LoadState.LOADING if each.version in self.slow else LoadState.READY
                 yield Loaded(

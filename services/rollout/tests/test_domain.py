@@ -1,281 +1,270 @@
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lepton_common.errors import Conflict, NotFound
-from lepton_common.records import Loaded, LoadState, Serving, Share, WorkerState
+from lepton.policies import OnFailure, Policy, Step, Strategy
+from lepton.rollouts import Action, Gate, GateState, Verdict
+from lepton_common.errors import Conflict
+from lepton_common.events import RolloutFinished, RolloutHeld, TrafficShifted, WindowClosed
+from lepton_common.records import Serving
 from lepton_common.types import ModelRef
 from lepton_rollout.domain import (
-    TOTAL_WEIGHT,
-    Loading,
+    GAP_S,
     Rollout,
     State,
-    abandoned,
-    cooled,
+    aborted,
+    advanced,
+    again,
+    applied,
+    approved,
+    contiguous,
     failing,
     finished,
-    judge_loading,
-    promoted,
-    returned,
+    held,
+    is_news,
+    is_stalled,
+    judged,
+    laggard,
+    paused,
+    ready,
+    resumed,
     shifting,
-    unserved,
-    warmed,
-    weights,
-    withdrawn,
+    stepped,
 )
+from lepton_rollout.judge import baseline
+from lepton_rollout.story import events, notes
 
 from .stand_ins import assigned
 
 MODEL = ModelRef("default", "digits")
-NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
+NOW = datetime(2026, 11, 27, 12, tzinfo=UTC)
+NOTHING = baseline([])
+SERVING = Serving(tenant="default", model="digits", generation=1, stable=1, previous=7)
 
 
-def deployed(*versions: int) -> Serving:
-    """The record after these versions were deployed one after the other."""
-    serving = unserved(MODEL)
-    for version in versions:
-        serving = promoted(warmed(serving, assigned(version)), version)
-    return serving
-
-
-def held(serving: Serving) -> set[int]:
-    return {each.version for each in serving.versions}
-
-
-def split(serving: Serving) -> dict[int, float]:
-    return {share.version: share.percent for share in serving.split}
-
-
-# --- records ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_warmed_version_takes_no_traffic() -> None:
-    serving = warmed(deployed(1), assigned(2))
-    assert held(serving) == {1, 2}
-    assert split(serving) == {1: 100}
-    assert serving.stable == 1
-
-
-def test_a_promoted_version_takes_all_traffic_and_the_one_before_stays_warm() -> None:
-    serving = deployed(1, 2)
-    assert split(serving) == {2: 100}
-    assert (serving.stable, serving.previous) == (2, 1)
-    assert held(serving) == {1, 2}
-
-
-def test_the_version_before_the_previous_one_is_let_go() -> None:
-    assert held(deployed(1, 2, 3)) == {2, 3}
-
-
-def test_a_version_that_was_warmed_on_purpose_stays_through_a_promotion() -> None:
-    serving = promoted(warmed(warmed(deployed(1), assigned(7)), assigned(2)), 2)
-    assert held(serving) == {1, 2, 7}
-
-
-def test_a_rollback_swaps_stable_and_previous_and_lets_nothing_go() -> None:
-    serving = deployed(1, 2)
-    back = promoted(serving, returned(serving))
-    assert (back.stable, back.previous) == (1, 2)
-    assert held(back) == {1, 2}
-    assert returned(back) == 2
-
-
-def test_there_is_no_way_back_from_the_first_version() -> None:
-    with pytest.raises(Conflict, match="no previous version"):
-        returned(deployed(1))
-    with pytest.raises(NotFound, match="not served"):
-        returned(unserved(MODEL))
-
-
-def test_a_version_that_no_pool_holds_is_not_promoted() -> None:
-    with pytest.raises(Conflict, match="version 9"):
-        promoted(deployed(1), 9)
-
-
-def test_an_abandoned_version_is_let_go_unless_it_serves_or_may_be_returned_to() -> None:
-    serving = warmed(deployed(1, 2), assigned(3))
-    assert held(abandoned(serving, 3)) == {1, 2}
-    assert abandoned(serving, 2) == serving
-    assert abandoned(serving, 1) == serving
-
-
-def test_only_a_version_without_traffic_is_cooled() -> None:
-    serving = deployed(1, 2)
-    assert held(cooled(serving, 1)) == {2}
-    with pytest.raises(Conflict, match="live traffic"):
-        cooled(serving, 2)
-    with pytest.raises(NotFound):
-        cooled(serving, 3)
-
-
-def test_a_withdrawn_model_remembers_what_to_restore() -> None:
-    serving = withdrawn(deployed(1, 2))
-    assert (held(serving), split(serving)) == (set(), {})
-    restored = promoted(warmed(serving, assigned(2)), 2)
-    assert (restored.stable, restored.previous) == (2, 1)
-    assert split(restored) == {2: 100}
-
-
-_CHANGES = st.lists(
-    st.one_of(
-        st.tuples(st.just("deploy"), st.integers(1, 5)),
-        st.tuples(st.just("warm"), st.integers(1, 5)),
-        st.tuples(st.just("cool"), st.integers(1, 5)),
-        st.tuples(st.just("abandon"), st.integers(1, 5)),
-        st.tuples(st.just("withdraw"), st.just(0)),
-        st.tuples(st.just("return"), st.just(0)),
-    ),
-    max_size=30,
-)
-
-
-def changed(serving: Serving, change: str, version: int) -> Serving:
-    match change:
-        case "deploy":
-            return promoted(warmed(serving, assigned(version)), version)
-        case "warm":
-            return warmed(serving, assigned(version))
-        case "cool":
-            return cooled(serving, version)
-        case "abandon":
-            return abandoned(serving, version)
-        case "withdraw":
-            return withdrawn(serving)
-        case _:
-            back = returned(serving)
-            return promoted(warmed(serving, assigned(back)), back)
-
-
-@given(_CHANGES)
-def test_whatever_happens_all_traffic_goes_to_versions_that_are_held(changes: list[tuple[str, int]]) -> None:
-    serving = unserved(MODEL)
-    for change, version in changes:
-        before = serving
-        try:
-            serving = changed(serving, change, version)
-        except (Conflict, NotFound):
-            continue
-        assert set(split(serving)) <= held(serving)
-        assert sum(split(serving).values()) in (0, 100)
-        assert split(serving) in ({}, {serving.stable: 100})
-        assert serving.previous is None or serving.previous != serving.stable
-        assert serving.generation > before.generation or serving == before
-        # What took traffic until now is still held, unless the model was withdrawn as a whole.
-        assert change == "withdraw" or set(split(before)) <= held(serving)
-        # A change made twice is a change made once.
-        if change not in {"cool", "return"}:
-            assert changed(serving, change, version) == serving
-
-
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
-@given(st.dictionaries(st.integers(1, 50), st.floats(0, 100), max_size=12))
-def test_weights_total_ten_thousand_and_follow_the_shares(shares: dict[int, float]) -> None:
-    found = weights(tuple(Share(version=version, percent=percent) for version, percent in shares.items()))
-    positive = {version: percent for version, percent in shares.items() if percent > 0}
-    assert list(found) == list(positive)
-    assert sum(found.values()) == (TOTAL_WEIGHT if positive else 0)
-    assert all(weight >= 1 for weight in found.values())
-    total = sum(positive.values())
-    for version, percent in positive.items():
-        assert abs(found[version] - percent * TOTAL_WEIGHT / total) <= len(positive)
-
-
-def test_hundredths_of_a_percent_are_exact() -> None:
-    shares = (Share(version=1, percent=99.99), Share(version=2, percent=0.01))
-    assert weights(shares) == {1: 9999, 2: 1}
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
-def worker(name: str, state: LoadState | None, reason: str = "", *, pool: str = "cpu", sha256: str = "") -> WorkerState:
-    loaded = Loaded(
-        tenant="default",
-        model="digits",
-        version=2,
-        sha256=sha256 or assigned(2).sha256,
-        state=state or LoadState.LOADING,
-        reason=reason,
-    )
-    return WorkerState(
-        id=name, pool=pool, address="127.0.0.1:1", device="cpu", versions=(loaded,) if state is not None else ()
-    )
-
-
-def judged(*workers: WorkerState, late: bool = False) -> tuple[Loading, str]:
-    return judge_loading(MODEL, assigned(2), workers, late=late)
-
-
-def test_a_pool_is_ready_when_every_live_worker_is() -> None:
-    verdict, reason = judged(worker("a", LoadState.READY), worker("b", LoadState.READY))
-    assert verdict is Loading.READY
-    assert reason == "2 of 2 workers of pool 'cpu' are ready"
-
-
-@pytest.mark.parametrize("other", [LoadState.LOADING, None])
-def test_a_worker_still_at_it_is_waited_for_until_it_is_late(other: LoadState | None) -> None:
-    workers = worker("a", LoadState.READY), worker("b", other)
-    assert judged(*workers) == (Loading.WAIT, "")
-    assert judged(*workers, late=True)[0] is Loading.READY
-
-
-def test_one_ready_worker_is_enough_when_the_others_failed() -> None:
-    assert judged(worker("a", LoadState.READY), worker("b", LoadState.FAILED, "no memory"))[0] is Loading.READY
-
-
-def test_when_all_failed_their_reason_is_told() -> None:
-    same = worker("a", LoadState.FAILED, "bad opset"), worker("b", LoadState.FAILED, "bad opset")
-    assert judged(*same) == (Loading.FAILED, "bad opset")
-    unlike = worker("a", LoadState.FAILED, "bad opset"), worker("b", LoadState.FAILED, "no memory")
-    assert judged(*unlike) == (Loading.FAILED, "a: bad opset; b: no memory")
-
-
-def test_a_pool_without_workers_is_waited_for_until_it_is_late() -> None:
-    assert judged()[0] is Loading.WAIT
-    assert judged(late=True) == (
-        Loading.FAILED,
-        "no worker of pool 'cpu' had the version ready in time (no live workers)",
-    )
-
-
-def test_what_holds_workers_up_is_told_once_it_is_late() -> None:
-    stuck = worker("a", LoadState.LOADING, "the store is full"), worker("b", LoadState.FAILED, "bad opset")
-    assert judged(*stuck)[0] is Loading.WAIT
-    assert judged(*stuck, late=True) == (
-        Loading.FAILED,
-        "no worker of pool 'cpu' had the version ready in time (2 live workers): a: the store is full; b: bad opset",
-    )
-
-
-def test_other_pools_draining_workers_and_other_bytes_do_not_count() -> None:
-    draining = worker("c", LoadState.READY).model_copy(update={"draining": True})
-    others = worker("a", LoadState.READY, pool="gpu"), worker("b", LoadState.READY, sha256="f" * 64), draining
-    assert judged(*others)[0] is Loading.WAIT
-    assert judged(*others, late=True) == (
-        Loading.FAILED,
-        "no worker of pool 'cpu' had the version ready in time (1 live worker)",
-    )
-
-
-# --- a rollout's steps ------------------------------------------------------------------------------------------------
-
-
-def rollout() -> Rollout:
+def rollout(policy: Policy | None = None, *, stable: int | None = 1, number: int = 1) -> Rollout:
     return Rollout(
-        UUID(int=1), MODEL, assigned(2), "immediate", "ann", started_at=NOW, load_by=NOW + timedelta(minutes=2)
+        UUID(int=number),
+        MODEL,
+        assigned(2),
+        policy or Policy(steps=[10.0, 50.0]),
+        "ann",
+        started_at=NOW,
+        load_by=NOW + timedelta(minutes=2),
+        stable=stable,
     )
+
+
+def walking(policy: Policy | None = None, stage: int = 0) -> Rollout:
+    """In the stage, acknowledged by the mesh."""
+    started = shifting(rollout(policy), "ready")
+    for _ in range(stage):
+        started = stepped(applied(started, NOW, NOTHING), "as good")
+    return applied(started, NOW, NOTHING)
+
+
+def verdict(action: Action, reason: str = "because", *, page: bool = False, gate: GateState | None = None) -> Verdict:
+    gates = [Gate(name="errors", state=gate, detail="", numbers={"harm": 1.0})] if gate else []
+    return Verdict(action=action, reason=reason, second=int(NOW.timestamp()) + 1, page=page, gates=gates)
+
+
+# --- on its way -------------------------------------------------------------------------------------------------------
 
 
 def test_a_rollout_that_shifted_ends_promoted_and_knows_what_served_before() -> None:
-    end = finished(shifting(rollout(), "ready"), deployed(1, 2), NOW)
-    assert (end.state, end.previous, end.percent, end.reason) == (State.PROMOTED, 1, 100, "ready")
+    end = finished(shifting(rollout(), "ready"), SERVING, NOW)
+    assert (end.state, end.previous, end.walk.percent, end.reason) == (State.PROMOTED, 7, 100, "ready")
 
 
-def test_a_rollout_that_was_failing_ends_failed_with_its_reason() -> None:
-    end = finished(failing(rollout(), "bad opset"), deployed(1), NOW)
-    assert (end.state, end.previous, end.percent, end.reason) == (State.FAILED, None, 0, "bad opset")
+def test_a_rollout_that_gave_up_ends_as_it_said_with_its_reason() -> None:
+    end = finished(failing(rollout(), "bad opset"), SERVING, NOW)
+    assert (end.state, end.previous, end.walk.percent, end.reason) == (State.FAILED, None, 0, "bad opset")
     assert end.finished_at == NOW
+    assert finished(failing(rollout(), "worse", State.ROLLED_BACK), SERVING, NOW).state is State.ROLLED_BACK
+
+
+def test_the_first_reason_to_give_up_stays() -> None:
+    assert failing(failing(rollout(), "worse", State.ROLLED_BACK), "another").reason == "worse"
+
+
+def test_a_first_version_and_one_that_serves_already_take_all_traffic_at_once() -> None:
+    assert [stage.percent for stage in rollout(stable=None).plan] == [100]
+    assert [stage.percent for stage in rollout(stable=2).plan] == [100]
+
+
+def test_a_stage_is_meant_before_it_is_acknowledged_and_the_share_follows_the_acknowledgement() -> None:
+    first = walking()
+    meant = stepped(first, "as good")
+    assert (meant.walk.stage, meant.walk.applied, meant.walk.percent) == (1, False, 10)
+    there = applied(meant, NOW, NOTHING)
+    assert (there.walk.applied, there.walk.percent, there.walk.second) == (True, 50, int(NOW.timestamp()))
+
+
+def test_a_stage_entered_again_waits_for_the_mesh_and_keeps_its_place() -> None:
+    assert (again(walking(stage=1)).walk.stage, again(walking(stage=1)).walk.applied) == (1, False)
+
+
+def test_a_step_without_a_decision_stalls_after_its_time() -> None:
+    there = walking(Policy(steps=[10.0], dwell_s=60, max_step_s=100))
+    assert not is_stalled(there, NOW + timedelta(seconds=160))
+    assert is_stalled(there, NOW + timedelta(seconds=161))
+
+
+# --- the judge --------------------------------------------------------------------------------------------------------
+
+
+def test_harm_takes_the_traffic_back_unless_the_policy_holds() -> None:
+    worse = verdict(Action.ROLL_BACK, "more errors")
+    after = judged(walking(), worse)
+    assert (after.state, after.outcome, after.reason) == (State.FAILING, State.ROLLED_BACK, "more errors")
+    for on_failure in (OnFailure.HOLD, OnFailure.FREEZE):
+        after = judged(walking(Policy(on_failure=on_failure)), worse)
+        assert (after.state, after.walk.held) == (State.SHIFTING, "worse than the stable: more errors")
+
+
+def test_what_is_held_stays_held_whatever_the_judge_says() -> None:
+    before = held(walking(), "somebody look")
+    after = judged(before, verdict(Action.HOLD, "all is well"))
+    assert (after.walk.held, after.walk.waiting_for) == ("somebody look", "somebody look")
+
+
+def test_a_verdict_is_news_when_its_action_or_a_gate_changes() -> None:
+    calm = verdict(Action.HOLD, gate=GateState.WAITING)
+    assert is_news(None, calm)
+    assert not is_news(calm, verdict(Action.HOLD, "in other words", gate=GateState.WAITING))
+    assert is_news(calm, verdict(Action.HOLD, gate=GateState.PASSED))
+    assert is_news(calm, verdict(Action.STEP, gate=GateState.WAITING))
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+def window(second: int, sequence: int) -> WindowClosed:
+    return WindowClosed(tenant="default", model="digits", second=second, sequence=sequence, gateways=1)
+
+
+def test_a_gap_is_waited_for_but_not_for_long() -> None:
+    there = walking()
+    there = replace(there, walk=replace(there.walk, sequence=4))
+    gap = [window(100, 5), window(102, 7)]
+    assert contiguous(there, gap, 102.5) == gap[:1]
+    assert contiguous(there, gap, 102 + 2 * GAP_S) == gap
+    late = [*gap, window(103, 8), window(102 + GAP_S, 9)]
+    assert contiguous(there, late, 102.5) == late
+
+
+@given(st.integers(1, 50), st.integers(1, 20))
+def test_windows_without_a_gap_are_judged_at_once(first: int, count: int) -> None:
+    there = walking()
+    there = replace(there, walk=replace(there.walk, sequence=first - 1))
+    windows = [window(100 + n, first + n) for n in range(count)]
+    assert contiguous(there, windows, 100.0) == windows
+
+
+# --- groups -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_waits_for_the_member_that_is_behind() -> None:
+    this, other = walking(), walking()
+    assert laggard(this, [other]) is other
+    assert laggard(this, [ready(other)]) is None
+    assert laggard(this, [stepped(other, "as good")]) is None
+    assert laggard(this, [finished(other, SERVING, NOW)]) is None
+    assert laggard(this, [rollout()]) is not None
+
+
+# --- persons ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_pause_is_undone_by_resume_and_by_nothing_else() -> None:
+    with pytest.raises(Conflict, match="neither paused nor held"):
+        resumed(walking())
+    stopped = paused(walking(), "lunch")
+    assert stopped.walk.waiting_for == "paused: lunch"
+    assert not resumed(stopped).walk.paused
+
+
+def test_who_resumes_what_was_held_for_harm_lets_it_be_judged_anew() -> None:
+    after = resumed(held(walking(), "more errors"))
+    assert (after.walk.held, after.walk.applied, after.walk.evidence) == ("", False, rollout().walk.evidence)
+
+
+def test_a_person_promotes_by_a_step_or_to_the_last_stage() -> None:
+    one = advanced(walking(), "it is fine", full=False)
+    assert (one.walk.stage, one.walk.applied, one.reason) == (1, False, "it is fine")
+    all_of_it = advanced(walking(), "it is fine", full=True)
+    assert all_of_it.stage.percent == 100
+    over = advanced(walking(stage=2), "it is fine", full=True)
+    assert over.is_through
+    with pytest.raises(Conflict, match="no worker has its version ready yet"):
+        advanced(rollout(), "now", full=False)
+
+
+def test_only_a_stage_that_needs_approval_can_be_approved() -> None:
+    policy = Policy(steps=[10.0, Step(percent=50, approval=True)])
+    with pytest.raises(Conflict, match="waits for no approval"):
+        approved(walking(policy, stage=1))
+    before = walking(policy)
+    assert before.lacks_approval
+    assert not approved(before).lacks_approval
+    assert not rollout(policy).lacks_approval
+
+
+def test_a_rollout_that_is_over_or_gives_up_takes_no_orders() -> None:
+    for closed in (finished(walking(), SERVING, NOW), failing(walking(), "worse", State.ROLLED_BACK)):
+        for order in (resumed, approved):
+            with pytest.raises(Conflict):
+                order(closed)
+        with pytest.raises(Conflict):
+            aborted(closed, "no more")
+
+
+# --- what is told -----------------------------------------------------------------------------------------------------
+
+
+def test_an_acknowledged_share_is_told_and_kept() -> None:
+    before = stepped(walking(), "as good")
+    after = applied(before, NOW, NOTHING)
+    (shifted,) = events(before, after, NOW)
+    assert isinstance(shifted, TrafficShifted)
+    assert (shifted.percent, shifted.reason) == (50, "as good")
+    assert [note.action for note in notes(before, after)] == ["shifted"]
+
+
+def test_a_rollback_is_told_with_its_numbers_and_that_the_traffic_is_back() -> None:
+    before = judged(walking(), verdict(Action.ROLL_BACK, "more errors", gate=GateState.FAILED))
+    after = finished(before, SERVING, NOW)
+    shifted, end = events(before, after, NOW)
+    assert isinstance(shifted, TrafficShifted)
+    assert isinstance(end, RolloutFinished)
+    assert shifted.percent == 0
+    assert (end.outcome, end.reason) == ("rolled_back", "more errors")
+    assert end.evidence["gates"] == {"errors": {"harm": 1.0}}
+    assert [note.action for note in notes(walking(), before)] == ["roll_back", "failing"]
+
+
+def test_a_page_is_sent_once() -> None:
+    calm, sick = walking(), judged(walking(), verdict(Action.HOLD, "the stable is sick", page=True))
+    (page,) = events(calm, sick, NOW)
+    assert isinstance(page, RolloutHeld)
+    assert (page.page, page.reason) == (True, "the stable is sick")
+    assert list(events(sick, judged(sick, verdict(Action.HOLD, "still sick", page=True)), NOW)) == []
+
+
+def test_what_the_judge_only_repeats_is_not_kept() -> None:
+    first = judged(walking(), verdict(Action.HOLD, "500 requests to go", gate=GateState.WAITING))
+    second = judged(first, verdict(Action.HOLD, "400 requests to go", gate=GateState.WAITING))
+    assert list(notes(first, second)) == []
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
+def test_no_plan_gives_all_traffic_to_what_was_not_judged_before(strategy: Strategy) -> None:
+    plan = rollout(Policy(strategy=strategy)).plan
+    assert [stage.number for stage in plan] == list(range(len(plan)))
+    if strategy is not Strategy.IMMEDIATE:
+        assert plan[0].percent < 100
+    if strategy in (Strategy.CANARY, Strategy.SHADOW):
+        assert plan[-2].prove

@@ -1,5 +1,4 @@
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
@@ -9,36 +8,21 @@ from lepton_common.errors import Conflict, Invalid, Unavailable
 from lepton_common.etcd import EtcdClient
 from lepton_common.records import SERVING, Loaded, LoadState, Serving, WorkerState
 from lepton_common.types import ModelRef
-from lepton_rollout import store
-from lepton_rollout.commands import new_rollout, start_rollout
-from lepton_rollout.domain import Rollout, State, failing, promoted, shifting, warmed
-from lepton_rollout.mesh import VirtualService, virtual_service
+from lepton_rollout import store, store_facts
+from lepton_rollout.domain import Rollout, State, aborted, failing, shifting
+from lepton_rollout.mesh import virtual_service
+from lepton_rollout.record import warmed
 from lepton_rollout.runner import LEASE_S, Runner
-from lepton_rollout.serving import Raced, ServingTable
+from lepton_rollout.serving import ServingTable
+from lepton_rollout.starting import new_rollout, start_rollout
+from lepton_rollout.walker import Walker
 from lepton_rollout.workers import Workers
 from prometheus_client import CollectorRegistry
 
+from .scripted_mesh import ScriptedMesh
 from .stand_ins import assigned
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
-
-
-class ScriptedMesh:
-    """A mesh that a test can make refuse, or be away, or do something in between."""
-
-    def __init__(self) -> None:
-        self.applied: list[VirtualService] = []
-        self.error: Exception | None = None
-        self.meanwhile: Callable[[], Awaitable[object]] | None = None
-
-    async def apply(self, *services: VirtualService) -> None:
-        if self.error:
-            raise self.error
-        self.applied.extend(services)
-        if self.meanwhile:
-            await self.meanwhile()
-
-    async def place(self, workers: Iterable[WorkerState]) -> None: ...
 
 
 class KnownWorkers(Workers):
@@ -59,16 +43,6 @@ async def db(postgres_dsn: str) -> AsyncIterator[Database]:
 
 
 @pytest.fixture
-def mesh() -> ScriptedMesh:
-    return ScriptedMesh()
-
-
-@pytest.fixture
-def table(etcd: EtcdClient, mesh: ScriptedMesh) -> ServingTable:
-    return ServingTable(etcd, mesh)
-
-
-@pytest.fixture
 def workers(etcd: EtcdClient) -> KnownWorkers:
     workers = KnownWorkers(etcd)
     workers.known = (_ready(1, 2),)
@@ -76,13 +50,13 @@ def workers(etcd: EtcdClient) -> KnownWorkers:
 
 
 def runner(db: Database, table: ServingTable, workers: Workers, now: datetime = NOW) -> Runner:
-    return Runner(db, table, workers, uuid4(), lambda: now, CollectorRegistry())
+    return Runner(db, Walker(db, table, workers, lambda: now), workers, uuid4(), lambda: now, CollectorRegistry())
 
 
 async def started(db: Database, model: ModelRef, version: int) -> UUID:
     """The id of an open rollout of the version."""
     async with db.transaction() as tx:
-        await store.add_version(tx, model, assigned(version))
+        await store_facts.add_version(tx, model, assigned(version))
         new = new_rollout(uuid4(), model, assigned(version), "ann", NOW, load_timeout_s=60)
         return (await start_rollout(tx, new)).id
 
@@ -93,17 +67,17 @@ async def found(db: Database, model: ModelRef, rollout: UUID) -> Rollout:
 
 
 async def test_a_refusal_by_the_mesh_fails_the_rollout_and_leaves_the_record_as_it_was(
-    db: Database, table: ServingTable, workers: KnownWorkers, mesh: ScriptedMesh, model: ModelRef
+    db: Database, table: ServingTable, workers: KnownWorkers, scripted_mesh: ScriptedMesh, model: ModelRef
 ) -> None:
     await started(db, model, 1)
     await runner(db, table, workers).look()
     before = await table.get(model)
     rollout = await started(db, model, 2)
-    mesh.error = Invalid("the mesh refused rds.json")
+    scripted_mesh.error = Invalid("the mesh refused rds.json")
     await runner(db, table, workers).look()
     assert (await found(db, model, rollout)).state is State.FAILING
 
-    mesh.error = None
+    scripted_mesh.error = None
     async with db.transaction() as tx:
         await tx.execute("UPDATE rollouts SET held_until = now() - interval '1 second'")
     await runner(db, table, workers).look()
@@ -129,30 +103,30 @@ async def test_workers_have_their_time_from_when_they_are_told(
 
 
 async def test_a_mesh_that_is_away_is_waited_for_and_the_record_does_not_run_ahead_of_it(
-    db: Database, table: ServingTable, workers: KnownWorkers, mesh: ScriptedMesh, model: ModelRef
+    db: Database, table: ServingTable, workers: KnownWorkers, scripted_mesh: ScriptedMesh, model: ModelRef
 ) -> None:
     rollout = await started(db, model, 1)
-    mesh.error = Unavailable("the mesh did not acknowledge")
+    scripted_mesh.error = Unavailable("the mesh did not acknowledge")
     look_again = runner(db, table, workers)
     await look_again.look()
     assert (await found(db, model, rollout)).state is State.SHIFTING
     assert (await table.get(model)).split == ()
 
-    mesh.error = None
+    scripted_mesh.error = None
     await look_again.look()
     assert (await found(db, model, rollout)).state is State.PROMOTED
 
 
 async def test_a_record_changed_in_the_middle_of_a_shift_is_never_written_over(
-    db: Database, table: ServingTable, workers: KnownWorkers, mesh: ScriptedMesh, model: ModelRef
+    db: Database, table: ServingTable, workers: KnownWorkers, scripted_mesh: ScriptedMesh, model: ModelRef
 ) -> None:
     rollout = await started(db, model, 1)
 
     async def warm_another() -> None:
-        mesh.meanwhile = None
+        scripted_mesh.meanwhile = None
         await table.record(model, lambda serving: warmed(serving, assigned(2)))
 
-    mesh.meanwhile = warm_another
+    scripted_mesh.meanwhile = warm_another
     look_again = runner(db, table, workers)
     await look_again.look()
     assert (await found(db, model, rollout)).state is State.SHIFTING
@@ -161,57 +135,26 @@ async def test_a_record_changed_in_the_middle_of_a_shift_is_never_written_over(
     assert (await found(db, model, rollout)).state is State.PROMOTED
     served = await table.get(model)
     assert {each.version for each in served.versions} == {1, 2}
-    assert mesh.applied[-1] == virtual_service(served)
-
-
-async def test_the_table_says_raced_when_two_changes_meet(
-    table: ServingTable, mesh: ScriptedMesh, etcd: EtcdClient, model: ModelRef
-) -> None:
-    await table.record(model, lambda serving: warmed(serving, assigned(1)))
-
-    async def another() -> None:
-        await etcd.put(f"{SERVING}{model}", (await table.get(model)).model_dump_json().encode())
-
-    mesh.meanwhile = another
-    with pytest.raises(Raced):
-        await table.shift(model, lambda serving: promoted(serving, 1))
-
-
-async def test_an_older_record_never_reaches_the_mesh_after_a_newer_one(
-    table: ServingTable, mesh: ScriptedMesh, model: ModelRef
-) -> None:
-    await table.record(model, lambda serving: warmed(serving, assigned(1)))
-    reapplying: list[asyncio.Task[None]] = []
-
-    async def reapply() -> None:
-        if not reapplying:
-            reapplying.append(asyncio.create_task(table.reapply()))
-            await asyncio.sleep(0.05)  # long enough for it to read the record that is about to change
-
-    mesh.meanwhile = reapply
-    served = await table.shift(model, lambda serving: promoted(serving, 1))
-    await reapplying[0]
-
-    assert mesh.applied[-1] == virtual_service(served)
+    assert scripted_mesh.applied[-1] == virtual_service(served)
 
 
 async def test_a_shift_that_died_between_mesh_and_record_goes_on_to_its_end(
-    db: Database, table: ServingTable, workers: KnownWorkers, mesh: ScriptedMesh, model: ModelRef
+    db: Database, table: ServingTable, workers: KnownWorkers, scripted_mesh: ScriptedMesh, model: ModelRef
 ) -> None:
     rollout = await started(db, model, 1)
 
     async def die() -> None:
-        mesh.meanwhile = None
+        scripted_mesh.meanwhile = None
         raise Unavailable("the process is gone")
 
-    mesh.meanwhile = die
+    scripted_mesh.meanwhile = die
     look_again = runner(db, table, workers)
     await look_again.look()
     assert (await table.get(model)).stable is None
     await look_again.look()
 
     assert (await found(db, model, rollout)).state is State.PROMOTED
-    assert mesh.applied[0] == mesh.applied[1]
+    assert scripted_mesh.applied[0] == scripted_mesh.applied[1]
 
 
 async def test_a_rollout_is_one_runners_until_its_claim_runs_out(db: Database, model: ModelRef) -> None:
@@ -224,7 +167,7 @@ async def test_a_rollout_is_one_runners_until_its_claim_runs_out(db: Database, m
         await tx.execute("UPDATE rollouts SET held_until = now() - interval '1 second'")
         claimed = await store.claim_rollout(tx, rollout, second, LEASE_S)
         assert claimed is not None
-        with pytest.raises(Conflict, match="taken over"):
+        with pytest.raises(Conflict, match="changed or taken over"):
             await store.save_rollout(tx, claimed, shifting(claimed, "late"), first)
 
 
@@ -233,10 +176,10 @@ async def test_what_was_superseded_meanwhile_cannot_shift(db: Database, model: M
     async with db.transaction() as tx:
         claimed = await store.claim_rollout(tx, rollout, holder, LEASE_S)
         assert claimed is not None
-        await store.supersede_rollout(tx, rollout, "superseded by a rollback")
-        with pytest.raises(Conflict, match="taken over"):
+        await store.save_rollout(tx, claimed, aborted(claimed, "superseded by version 3"))
+        with pytest.raises(Conflict, match="changed or taken over"):
             await store.save_rollout(tx, claimed, shifting(claimed, "ready"), holder)
-    assert (await found(db, model, rollout)).reason == "superseded by a rollback"
+    assert (await found(db, model, rollout)).reason == "superseded by version 3"
 
 
 async def test_a_worker_that_hangs_is_waited_for_only_until_it_is_late(

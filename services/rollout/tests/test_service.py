@@ -104,9 +104,9 @@ async def test_a_rollout_without_any_worker_fails_when_its_time_is_over(lab: Lab
 async def test_a_model_has_one_open_rollout_at_a_time(lab: Lab, model: ModelRef) -> None:
     async with lab.service() as rollout:
         await lab.register(model, 1, 2)
-        first = await rollout.post("/v1/rollouts", json={"model": model.model, "version": 1})
-        again = await rollout.post("/v1/rollouts", json={"model": model.model, "version": 1})
-        other = await rollout.post("/v1/rollouts", json={"model": model.model, "version": 2})
+        first = await rollout.post("/v1/rollouts", json={"model": model.model, "version": 1, "policy": "immediate"})
+        again = await rollout.post("/v1/rollouts", json={"model": model.model, "version": 1, "policy": "immediate"})
+        other = await rollout.post("/v1/rollouts", json={"model": model.model, "version": 2, "policy": "immediate"})
 
     assert (first.status_code, again.status_code, other.status_code) == (202, 202, 409)
     assert first.json()["id"] == again.json()["id"]
@@ -124,13 +124,15 @@ async def test_a_rollback_takes_precedence_over_a_rollout_that_is_still_loading(
         await lab.register(model, 1, 2, 3)
         await lab.deploy(rollout, model, 1)
         await lab.deploy(rollout, model, 2)
-        loading = (await rollout.post("/v1/rollouts", json={"model": model.model, "version": 3})).json()
+        loading = (
+            await rollout.post("/v1/rollouts", json={"model": model.model, "version": 3, "policy": "immediate"})
+        ).json()
         back = (await rollout.post(f"/v1/serving/{model.model}/rollback")).json()
         done = await lab.ended(rollout, back)
         superseded = await lab.ended(rollout, loading)
 
     assert (done["version"], done["state"]) == (1, "promoted")
-    assert (superseded["state"], superseded["reason"]) == ("failed", "superseded by a rollback (ann)")
+    assert (superseded["state"], superseded["reason"]) == ("aborted", "superseded by version 1 (ann)")
     assert (await infer(client, model)).headers["x-lepton-version"] == "1"
     assert {each.version for each in (await lab.serving(model)).versions} == {1, 2}
 
@@ -141,7 +143,7 @@ async def test_a_rollback_needs_a_previous_version(lab: Lab, model: ModelRef) ->
     async with lab.service() as rollout:
         await lab.register(model, 1, 2)
         await lab.deploy(rollout, model, 1)
-        loading = await rollout.post("/v1/rollouts", json={"model": model.model, "version": 2})
+        loading = await rollout.post("/v1/rollouts", json={"model": model.model, "version": 2, "policy": "immediate"})
         answer = await rollout.post(f"/v1/serving/{model.model}/rollback")
         untouched = await rollout.get(f"/v1/rollouts/{loading.json()['id']}")
 
@@ -216,7 +218,7 @@ async def test_reading_needs_one_scope_and_deploying_another(lab: Lab, model: Mo
         rollout.headers["Authorization"] = f"Bearer {await lab.key(Scope.READ)}"
         await _until_known(rollout)
         read = await rollout.get("/v1/serving")
-        deploy = await rollout.post("/v1/rollouts", json={"model": model.model, "version": 1})
+        deploy = await rollout.post("/v1/rollouts", json={"model": model.model, "version": 1, "policy": "immediate"})
 
     assert (read.status_code, deploy.status_code) == (200, 403)
 
@@ -231,7 +233,7 @@ async def test_a_foreign_tenant_sees_and_moves_nothing(lab: Lab, model: ModelRef
         answers = [
             await rollout.get(f"/v1/rollouts/{done['id']}"),
             await rollout.get(f"/v1/serving/{model.model}"),
-            await rollout.post("/v1/rollouts", json={"model": model.model, "version": 1}),
+            await rollout.post("/v1/rollouts", json={"model": model.model, "version": 1, "policy": "immediate"}),
             await rollout.post(f"/v1/serving/{model.model}/unload"),
         ]
         lists = (await rollout.get("/v1/rollouts")).json(), (await rollout.get("/v1/serving")).json()
@@ -245,7 +247,9 @@ async def test_a_rollout_goes_on_after_a_restart(lab: Lab, client: httpx.AsyncCl
     worker.slow.add(1)
     async with lab.service() as rollout:
         await lab.register(model, 1)
-        started = (await rollout.post("/v1/rollouts", json={"model": model.model, "version": 1})).json()
+        started = (
+            await rollout.post("/v1/rollouts", json={"model": model.model, "version": 1, "policy": "immediate"})
+        ).json()
     worker.slow.clear()
     worker.look_again()
     async with lab.service() as rollout:

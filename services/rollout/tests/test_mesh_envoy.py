@@ -1,6 +1,5 @@
 import asyncio
 import signal
-from pathlib import Path
 
 import httpx
 import pytest
@@ -8,9 +7,10 @@ from lepton.envoy import Envoy
 from lepton.processes import Process
 from lepton_common.errors import Invalid, Unavailable
 from lepton_common.types import ModelRef
-from lepton_rollout.envoy import EnvoyMesh
 from lepton_rollout.mesh import HTTPDirectResponse, HTTPRoute, VirtualService, virtual_service
+from lepton_rollout.mesh_envoy import EnvoyMesh
 
+from .envoy_state import healthy_workers, pools
 from .stand_ins import StartWorker, Traffic, infer, serving
 
 pytestmark = pytest.mark.usefixtures("envoy")
@@ -69,23 +69,6 @@ async def test_what_the_mesh_answers_itself_is_an_oip_error(
         assert answer.headers["content-type"] == "application/json"
 
 
-async def test_hundreds_of_weight_changes_fail_no_request(
-    mesh: EnvoyMesh, client: httpx.AsyncClient, model: ModelRef, start_worker: StartWorker
-) -> None:
-    workers = [await start_worker("a"), await start_worker("b")]
-    await mesh.place(worker.state() for worker in workers)
-    await mesh.apply(virtual_service(serving(model, 1, {1: 100}, 2)))
-
-    async with Traffic(client, model) as traffic:
-        for change in range(300):
-            share = change * 7 % 101
-            split = {version: percent for version, percent in ((1, 100 - share), (2, share)) if percent}
-            await mesh.apply(virtual_service(serving(model, 2 + change, split)))
-        await traffic.more(50)
-
-    assert set(traffic.answers) == {"200 version 1", "200 version 2"}
-
-
 async def test_after_the_acknowledgement_every_request_goes_to_the_new_version(
     mesh: EnvoyMesh, client: httpx.AsyncClient, model: ModelRef, start_worker: StartWorker
 ) -> None:
@@ -127,7 +110,7 @@ async def test_a_worker_that_dies_right_after_it_came_costs_no_request(
             dying.die()
             await traffic.more(100)
             # A request is tried on three workers, so three that are dead and not yet noticed would be too many.
-            while await _healthy_workers(envoy_recipe, "cpu") > 1:
+            while await healthy_workers(envoy_recipe, "cpu") > 1:
                 await traffic.more(1)
 
     assert set(traffic.answers) == {"200 version 1"}
@@ -184,7 +167,7 @@ async def test_a_draining_worker_gets_no_new_request(
 
     async with Traffic(client, model) as traffic:
         await mesh.place([leaving.state(draining=True), staying.state()])
-        while await _healthy_workers(envoy_recipe, "cpu") > 1:
+        while await healthy_workers(envoy_recipe, "cpu") > 1:
             await traffic.more(1)
         before = leaving.answered
         await traffic.more(200)
@@ -333,12 +316,12 @@ async def test_a_pool_that_nobody_needs_is_gone(
     await mesh.place([cpu.state(), gpu.state()])
     await mesh.apply(virtual_service(serving(model, 1, {1: 100}, pool="gpu")))
     await mesh.place([cpu.state()])
-    assert _pools(envoy_recipe.mesh_dir) == {"cpu", "gpu"}
+    assert pools(envoy_recipe.mesh_dir) == {"cpu", "gpu"}
 
     await mesh.apply(virtual_service(serving(model, 2, {})))
     await mesh.place([cpu.state()])
 
-    assert _pools(envoy_recipe.mesh_dir) == {"cpu"}
+    assert pools(envoy_recipe.mesh_dir) == {"cpu"}
 
 
 async def test_two_writers_of_one_folder_lose_none_of_each_others_routes(
@@ -369,13 +352,3 @@ async def _first_success(client: httpx.AsyncClient, model: ModelRef) -> httpx.Re
             continue
         if answer.status_code == 200:
             return answer
-
-
-async def _healthy_workers(envoy: Envoy, pool: str) -> int:
-    async with httpx.AsyncClient() as admin:
-        answer = await admin.get(f"http://{envoy.admin}/stats", params={"filter": f"pool-{pool}.membership_healthy"})
-    return int(answer.text.rpartition(" ")[2])
-
-
-def _pools(folder: Path) -> set[str]:
-    return {each.stem for each in (folder / "eds").glob("*.json")}

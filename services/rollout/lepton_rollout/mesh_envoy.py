@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import httpx
-from lepton_common.errors import Invalid, Unavailable
-from lepton_common.records import WorkerState
+from lepton_common.errors import Conflict, Invalid, NotFound, Unavailable
+from lepton_common.records import Serving, WorkerState
 
 from lepton_rollout import xds
-from lepton_rollout.mesh import VirtualService
+from lepton_rollout.istio import documents
+from lepton_rollout.mesh import Edit, Stale, VirtualService, virtual_service
 
 _CDS = "cluster_manager.cds"
 _RDS = f"http.mesh.rds.{xds.ROUTES}"
@@ -49,11 +50,20 @@ class EnvoyMesh:
     async def apply(self, *services: VirtualService) -> None:
         async with self._exclusive():
             hosts = self._hosts()
-            await self._ensure_clusters({pool for service in services for pool in service.pools})
+            # Under the lock, so that whoever slept between reading a record and this cannot undo its successor's work.
+            newer = {
+                each.name: generation
+                for each in services
+                if each.name in hosts and (generation := xds.generation_of(hosts[each.name])) > each.generation
+            }
+            services = tuple(each for each in services if each.name not in newer)
+            await self._ensure_clusters(_clusters(services))
             joining = {each.name: each.live_pools - xds.live_pools_of(hosts.get(each.name)) for each in services}
             healthy = await self._healthy_pools({pool for pools in joining.values() for pool in pools})
             hosts |= {each.name: xds.virtual_host(each) for each in services if joining[each.name] <= healthy}
             await self._publish("rds.json", _RDS, [xds.route_configuration(hosts.values())])
+        if newer:
+            raise Stale(newer)
         if held := sorted(name for name, pools in joining.items() if not pools <= healthy):
             raise Unavailable(
                 f"no healthy worker for {', '.join(held)}: their routes are as they were", retry_after_s=1
@@ -63,31 +73,59 @@ class EnvoyMesh:
         pools: dict[str, list[WorkerState]] = {}
         for worker in workers:
             pools.setdefault(worker.pool, []).append(worker)
+        named = {xds.cluster_name(pool) for pool in pools}
         async with self._exclusive():
-            for pool in {*pools, *self._clusters()}:
+            for pool in {*pools, *map(xds.pool_of, self._clusters())}:
                 self._write_endpoints(pool, pools.get(pool, []))
-            await self._ensure_clusters(set(pools))
-            await self._drop_clusters(keep={*pools, *xds.pools_of(self._hosts().values())})
+            await self._ensure_clusters(named)
+            await self._drop_clusters(keep=named | xds.clusters_of(self._hosts().values()))
+
+    async def live(self, serving: Serving) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Rendered from the record, once Envoy is seen to run that generation of it."""
+        async with self._exclusive():
+            host = self._hosts().get(str(serving.ref))
+            version = json.loads((self._folder / "rds.json").read_text())["version_info"]
+            stats = await self._stats(_RDS)
+        if host is None:
+            raise NotFound(f"the mesh has no routes of model {serving.model!r}")
+        if not stats:
+            raise Unavailable("the mesh does not answer", retry_after_s=1)
+        if stats.get(f"{_RDS}.version_text") != version or host != xds.virtual_host(virtual_service(serving)):
+            raise Unavailable(
+                f"the mesh does not yet run what the record of model {serving.model!r} says", retry_after_s=1
+            )
+        return documents(virtual_service(serving))
+
+    async def edits(self) -> AsyncIterator[Edit]:
+        """None, ever: nobody else writes these files."""
+        nothing: asyncio.Queue[Edit] = asyncio.Queue()
+        while True:
+            yield await nothing.get()
+
+    async def note(self, edit: Edit) -> None:
+        raise Conflict(f"nobody but rollout changes the routes of {edit.model} here")
 
     # --- clusters and endpoints -----------------------------------------------------------------------------------
 
-    async def _ensure_clusters(self, pools: set[str]) -> None:
-        """Envoy knows these pools, besides those it knew."""
-        for pool in pools:
+    async def _ensure_clusters(self, names: set[str]) -> None:
+        """Envoy knows these clusters, besides those it knew."""
+        for pool in set(map(xds.pool_of, names)):
             if not self._endpoints_file(pool).exists():
                 self._write_endpoints(pool, [])
-        await self._publish_clusters(pools | self._clusters())
+        await self._publish_clusters(names | self._clusters())
 
     async def _drop_clusters(self, *, keep: set[str]) -> None:
-        """Pools without workers that no route leads to are gone. Their endpoints go last, as they came first."""
-        dropped = self._clusters() - keep
-        if dropped:
-            await self._publish_clusters(self._clusters() - dropped)
-        for pool in dropped:
+        """Clusters without workers that no route leads to are gone. Their endpoints go last, as they came first."""
+        known = self._clusters()
+        if dropped := known - keep:
+            await self._publish_clusters(known - dropped)
+        for pool in set(map(xds.pool_of, dropped)) - set(map(xds.pool_of, keep)):
             self._endpoints_file(pool).unlink(missing_ok=True)
 
-    async def _publish_clusters(self, pools: set[str]) -> None:
-        clusters = [xds.cluster(pool, str(self._endpoints_file(pool).absolute())) for pool in sorted(pools)]
+    async def _publish_clusters(self, names: set[str]) -> None:
+        clusters = [
+            xds.cluster(name, str(self._endpoints_file(xds.pool_of(name)).absolute())) for name in sorted(names)
+        ]
         await self._publish("cds.json", _CDS, clusters)
 
     def _write_endpoints(self, pool: str, workers: Sequence[WorkerState]) -> None:
@@ -125,8 +163,8 @@ class EnvoyMesh:
         return xds.model_hosts(self._resources("rds.json")[0])
 
     def _clusters(self) -> set[str]:
-        """The pools that Envoy was told of."""
-        return {xds.pool_of(cluster["name"]) for cluster in self._resources("cds.json")}
+        """The clusters that Envoy was told of."""
+        return {cluster["name"] for cluster in self._resources("cds.json")}
 
     @asynccontextmanager
     async def _exclusive(self) -> AsyncIterator[None]:
@@ -177,6 +215,13 @@ class EnvoyMesh:
             return {}
         lines = (line.partition(": ") for line in answer.text.splitlines())
         return {name: value.strip('"') for name, _, value in lines}
+
+
+def _clusters(services: Iterable[VirtualService]) -> set[str]:
+    """Every cluster that the services need."""
+    return {xds.cluster_name(pool) for each in services for pool in each.pools} | {
+        xds.mirror_name(pool) for each in services for pool in each.mirror_pools
+    }
 
 
 def _locked(file: IO[str]) -> bool:

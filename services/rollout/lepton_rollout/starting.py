@@ -1,0 +1,176 @@
+"""How a rollout begins: by which policy, beside which others, and what stands in its way."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from uuid import UUID, uuid4
+
+from lepton.policies import PRESETS, OnFailure, OnNewer, Policy
+from lepton_common.db import Database, Tx
+from lepton_common.errors import Conflict, Invalid
+from lepton_common.events import RolloutStarted
+from lepton_common.records import Assigned
+from lepton_common.types import ModelRef
+
+from lepton_rollout import store, store_facts
+from lepton_rollout.domain import Rollout, State, aborted, finished
+from lepton_rollout.record import unserved
+from lepton_rollout.serving import ServingTable
+from lepton_rollout.story import events
+from lepton_rollout.workers import Workers
+
+IMMEDIATE = PRESETS["immediate"]
+
+
+class Starter:
+    """Starts rollouts. The runner takes them on from there."""
+
+    def __init__(
+        self, db: Database, table: ServingTable, workers: Workers, load_timeout_s: float, now: Callable[[], datetime]
+    ) -> None:
+        self._db = db
+        self._table = table
+        self._workers = workers
+        self._load_timeout_s = load_timeout_s
+        self._now = now
+
+    async def start(
+        self,
+        model: ModelRef,
+        version: int,
+        actor: str,
+        policy: Policy | str | None,
+        *,
+        force: bool = False,
+        together: Sequence[tuple[ModelRef, int]] = (),
+    ) -> Rollout:
+        """A rollout brings the version to live traffic, with those of `together` in step; or the one that does so
+        already is returned.
+
+        Raises NotFound, Invalid for a policy that nobody knows, and Conflict while the traffic is moved by hand, while
+        another version must not be disturbed, and for bytes that were taken back before (see `force`).
+        """
+        members = ((model, version), *together)
+        if len({each for each, _ in members}) < len(members):
+            raise Invalid("together: each model of a group takes part with one version")
+        for each, _ in members:
+            if (hand := (await self._table.get(each)).hand) is not None:
+                raise Conflict(
+                    f"the traffic of model {each.model!r} is moved by hand ({hand.by}): `lepton mesh release` ends that"
+                )
+        group = uuid4() if together else None
+        async with self._db.transaction() as tx:
+            chosen = await chosen_policy(tx, model, policy)
+            started = [await self._start_one(tx, each, number, chosen, actor, force, group) for each, number in members]
+        self._workers.changed.send()
+        return started[0]
+
+    async def _start_one(
+        self, tx: Tx, model: ModelRef, version: int, policy: Policy, actor: str, force: bool, group: UUID | None
+    ) -> Rollout:
+        assigned = await store_facts.get_version(tx, model, version)
+        if policy.pool:
+            assigned = assigned.model_copy(update={"pool": policy.pool})
+        await self._check_bytes(tx, model, assigned, force=force)
+        rollout = new_rollout(uuid4(), model, assigned, actor, self._now(), self._load_timeout_s, policy, group)
+        return await start_rollout(tx, rollout, force=force)
+
+    async def _check_bytes(self, tx: Tx, model: ModelRef, assigned: Assigned, *, force: bool) -> None:
+        """Raises Conflict for bytes that were worse than the stable, until somebody insists and time has passed."""
+        before = await store.find_rolled_back(tx, model, assigned.sha256)
+        if before is None or before.finished_at is None:
+            return
+        told = (
+            f"version {before.version} of model {model.model!r} has the same bytes and was taken back"
+            f" at {before.finished_at:%Y-%m-%d %H:%M:%S %Z} ({before.reason})"
+        )
+        if not force:
+            raise Conflict(f"{told}: push a better one, or use force (`--force`)")
+        ends_at = before.finished_at + timedelta(seconds=before.policy.cool_down_s)
+        if self._now() < ends_at:
+            raise Conflict(f"{told}: not before {ends_at:%H:%M:%S %Z}, its cool-down, not even with force")
+
+
+async def chosen_policy(tx: Tx, model: ModelRef, wanted: Policy | str | None) -> Policy:
+    """The policy given, or the preset of that name, or the model's own, or the default. Raises Invalid."""
+    if isinstance(wanted, Policy):
+        return wanted
+    if wanted is not None:
+        if wanted not in PRESETS:
+            raise Invalid(f"policy: no preset is called {wanted[:80]!r}; there are {', '.join(PRESETS)}")
+        return PRESETS[wanted]
+    stored = await store_facts.find_policy(tx, model)
+    return stored[0] if stored else Policy()
+
+
+async def start_rollout(tx: Tx, rollout: Rollout, *, force: bool = False) -> Rollout:
+    """The rollout is open, or queued behind another by its policy; or the one that brings the same version is returned.
+
+    Raises Conflict, naming the other, when the policy or its state does not let it be disturbed. With `force` a frozen
+    one may be.
+    """
+    while True:
+        open_one = await store.find_open_rollout(tx, rollout.model)
+        queued = await store.list_queued_rollouts(tx, rollout.model)
+        if open_one is None and not queued:
+            if await store.add_rollout(tx, rollout):
+                break
+            continue  # Another began between the two statements.
+        for each in (open_one, *queued):
+            if each and each.version == rollout.version and each.state is not State.FAILING:
+                return each
+        rollout = replace(rollout, state=State.QUEUED)
+        await _make_way(tx, open_one, queued, rollout, force=force)
+        await store.add_rollout(tx, rollout)
+        break
+    await tx.emit(
+        RolloutStarted(
+            tenant=rollout.model.tenant,
+            model=rollout.model.model,
+            rollout=rollout.id,
+            version=rollout.version,
+            strategy=rollout.policy.strategy,
+            actor=rollout.actor,
+        )
+    )
+    return rollout
+
+
+async def _make_way(
+    tx: Tx, open_one: Rollout | None, queued: Sequence[Rollout], newer: Rollout, *, force: bool
+) -> None:
+    """The rollouts before the newer one give up, if its policy says so."""
+    is_frozen = open_one is not None and open_one.walk.held and open_one.policy.on_failure is OnFailure.FREEZE
+    if open_one is not None and is_frozen and not force:
+        raise Conflict(f"rollout {open_one.id} of model {newer.model.model!r} is frozen: {open_one.walk.held}")
+    if newer.policy.on_newer is OnNewer.REFUSE:
+        other = open_one or queued[0]
+        raise Conflict(
+            f"model {newer.model.model!r} is on its way to version {other.version}: rollout {other.id} is {other.state}"
+        )
+    if newer.policy.on_newer is OnNewer.QUEUE:
+        return
+    reason = f"superseded by version {newer.version} ({newer.actor})"
+    if open_one is not None and open_one.outcome is None:
+        await store.save_rollout(tx, open_one, aborted(open_one, reason))
+    for each in queued:
+        # It never began, so there is nothing to take back.
+        given_up = finished(aborted(each, reason), unserved(each.model), newer.started_at)
+        await store.save_rollout(tx, each, given_up)
+        for event in events(each, given_up, newer.started_at):
+            await tx.emit(event)
+
+
+def new_rollout(
+    rollout_id: UUID,
+    model: ModelRef,
+    assigned: Assigned,
+    actor: str,
+    now: datetime,
+    load_timeout_s: float,
+    policy: Policy = IMMEDIATE,
+    group: UUID | None = None,
+) -> Rollout:
+    """A rollout that has that long to get its version onto the workers."""
+    load_by = now + timedelta(seconds=load_timeout_s)
+    return Rollout(rollout_id, model, assigned, policy, actor, started_at=now, load_by=load_by, group=group)
