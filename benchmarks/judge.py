@@ -71,9 +71,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Row:
-    """One judge in one scenario: the part of the rollouts it rolled back (with its 95 % interval), and medians."""
+    """One judge in one scenario: the part of the rollouts it rolled back (with its 95 % interval), and medians.
+
+    `early` is the part that it rolled back before there was any harm; those are not among the others.
+    """
 
     judge: str
+    early: float
     rolled_back: float
     low: float
     high: float
@@ -159,11 +163,13 @@ def called(seed: int, world: World, policy: Policy) -> list[Call | None]:
 def rows(calls: list[list[Call | None]]) -> list[Row]:
     answer = []
     for name, each in zip(JUDGES, zip(*calls, strict=True), strict=True):
-        made = [call for call in each if call is not None]
+        made = [call for call in each if call is not None and call.seconds > 0]
+        early = sum(call is not None for call in each) - len(made)
         low, high = interval(len(made), len(each))
         answer.append(
             Row(
                 name,
+                early / len(each),
                 len(made) / len(each),
                 low,
                 high,
@@ -270,7 +276,8 @@ def show(console: Console, found: dict[str, list[Row]], walks: dict[str, Walk]) 
 
 def _cell(row: Row) -> str:
     until = f"{_number(row.seconds)} s ({_number(row.candidate_requests)} / {_number(row.requests)})"
-    return f"{row.rolled_back:.1%}" + (f"; {until}" if row.seconds is not None else "")
+    early = f" ({row.early:.1%} too early)" if row.early else ""
+    return f"{row.rolled_back:.1%}{early}" + (f"; {until}" if row.seconds is not None else "")
 
 
 def _number(value: float | None) -> str:

@@ -5,6 +5,8 @@ from typing import Any
 
 COLOURS = ("#1b6ca8", "#c2571a", "#8a8a8a", "#c4b454")
 
+LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+
 
 def draw(result: dict[str, Any], harmless: list[str], target: Path) -> None:
     """False rollbacks, power and time to the rollback, one bar for each judge."""
@@ -54,7 +56,7 @@ def _bars(axis: Any, scenarios: dict[str, list[dict[str, Any]]], names: list[str
         for place, value, known in zip(places, shown, values, strict=True):
             text = "never" if known is None else f"{value:.1f}" if what == "rolled_back" else f"{value:,.0f}"
             start = (max(value, 0.8 if what == "seconds" else 0), place)
-            axis.annotate(text, start, (3, 0), textcoords="offset points", va="center", fontsize=7.5)
+            axis.annotate(text, start, (3, 0), textcoords="offset points", va="center", fontsize=7.5, bbox=LABEL)
 
 
 def _wrapped(name: str) -> str:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.windows [--pairs N] [--rounds N] [--seconds S] [--against FOLDER]
 
-First by slices: two gateways in one process, asked in turns of 640 requests (`gateway_slices.py`), which tells what a
+First by slices: two gateways in one process, asked in turns of 128 requests (`gateway_slices.py`), which tells what a
 request costs more however busy the machine is. Then each gateway as a process of its own under full load, which tells
 what a request costs in all: one busy event loop serves as many as fit into a second. Both on a real etcd and a real
 Kafka where there is one, with a mesh behind them that answers at once, for two versions. Without windows nothing is
@@ -292,7 +292,7 @@ def show(sliced: gateway_slices.Slices, share: float, found: list[Candidate], co
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=400, help="of slices")
+    parser.add_argument("--pairs", type=int, default=1000, help="of slices")
     parser.add_argument("--rounds", type=int, default=15, help="of the gateways as processes")
     parser.add_argument("--seconds", type=float, default=3, help="of each measurement")
     parser.add_argument("--against", type=Path, help="a checkout of Lepton whose gateway takes part")

@@ -116,7 +116,7 @@ async def kafka(kafka_server: Kafka) -> str:
             for partition in range(topic.partitions)
         }
         # New partitions have no leader at first.
-        async for attempt in stamina.retry_context(on=KafkaError, wait_initial=0.05, wait_max=0.5):
+        async for attempt in stamina.retry_context(on=KafkaError, attempts=None, wait_initial=0.05, wait_max=0.5):
             with attempt:
                 await admin.delete_records(everything)
     return kafka_server.address

@@ -152,6 +152,10 @@ def _mesh(routes: Path) -> dict[str, Any]:
     return {
         "stat_prefix": "mesh",
         "rds": {"route_config_name": "mesh", "config_source": _file(routes)},
+        # The gateway says how long its callers wait: whoever reaches the mesh's listener is obeyed.
+        "use_remote_address": True,
+        "skip_xff_append": True,
+        "internal_address_config": {"cidr_ranges": [{"address_prefix": "127.0.0.0", "prefix_len": 8}]},
         "generate_request_id": False,
         "max_request_headers_kb": 128,
         "local_reply_config": {

@@ -1,6 +1,6 @@
 """What the judge's gates say, for people: evidence against and for a version, its way to a threshold, the numbers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import log10
@@ -17,6 +17,8 @@ ENDS = {
 MARKS = {GateState.PASSED: "✓", GateState.WAITING: "…", GateState.FAILED: "✗"}
 
 
+# What there is of something, and the number that says how much of it is needed.
+_NEEDED = {"requests": "needed", "elapsed_s": "needed_s", "log_evidence": "log_needed"}
 # The numbers of a bet, which are told in a sentence.
 _COUNTS = ("candidate_bad", "candidate_of", "stable_bad", "stable_of")
 _BETS = {"evidence", "needed", "evidence_against_past", "needed_against_past", *_COUNTS}
@@ -90,7 +92,21 @@ def numbers_of(gate: Gate) -> str:
     parts = [f"evidence {figure(each.value)} of {figure(each.threshold)} needed{each.beside}" for each in bets]
     parts += [bets[0].detail] if bets and bets[0].side is Side.AGAINST else []
     others = {name: value for name, value in gate.numbers.items() if not bets or name not in _BETS}
-    return ", ".join([*parts, *(f"{worded(name)} {figure(value)}" for name, value in others.items())])
+    return ", ".join([*parts, *_counted(others)])
+
+
+def _counted(numbers: Mapping[str, float]) -> Iterator[str]:
+    """Each number with its name; what there is comes with what is needed."""
+    needed = {have: of for have, of in _NEEDED.items() if have in numbers and of in numbers}
+    for name, value in numbers.items():
+        if name in needed:
+            yield f"{worded(name.removesuffix('_s'))} {figure(value)} of {_figure_of(needed[name], numbers)} needed"
+        elif name not in needed.values():
+            yield f"{worded(name.removesuffix('_s'))} {_figure_of(name, numbers)}"
+
+
+def _figure_of(name: str, numbers: Mapping[str, float]) -> str:
+    return figure(numbers[name]) + (" s" if name.endswith("_s") else "")
 
 
 def figure(value: float) -> str:
@@ -134,6 +150,10 @@ def outcome(rollout: Rollout) -> str:
     """How a rollout stands, as a sentence."""
     name = f"{rollout.model} version {rollout.version}"
     if not is_over(rollout):
+        if rollout.by_hand:
+            return (
+                f"The traffic of {rollout.model} is moved by hand; `lepton rollout resume {rollout.model}` ends that."
+            )
         waits = f"; {waiting(rollout)}" if rollout.waiting_for else ""
         return f"{name} is {rollout.state} at {rollout.percent:g} % of the traffic{waits}."
     took = ""

@@ -115,11 +115,14 @@ class Comparison(Request):
 class Judging(Request):
     """The statistics. `alpha` bounds the chance that a version as good as the stable is taken back, however often one
     looks; `beta` the chance that one at the margin passes. `slack`: a request is slow when it takes this part longer
-    than the stable's 95th (99th) percentile from before the step. Proof is asked for from `prove_from_percent` on."""
+    than the stable's 95th (99th) percentile from before the step. `refused` are requests answered as the caller's own
+    mistake (4xx): callers are split by chance, so more of them with one version are its doing. Proof is asked for from
+    `prove_from_percent` on."""
 
     alpha: Probability = 0.05
     beta: Probability = 0.05
     errors: Comparison = Comparison()
+    refused: Comparison = Comparison()
     slow: Comparison = Comparison(acceptable=0.1)
     slack: Annotated[float, Field(ge=0, le=10)] = 0.25
     prove_from_percent: Annotated[float, Field(ge=0, le=100)] = 25.0

@@ -5,7 +5,7 @@ from html import escape
 
 from lepton.documents import to_yaml
 from lepton.evidence import MARKS, duration, numbers_of, outcome, percent, summary, worded
-from lepton.report_plots import Bin, Data, collect, errors, evidence, latency, shares, total
+from lepton.report_plots import Bin, Data, collect, errors, evidence, latency, refuses, shares, total
 from lepton.report_style import STYLE
 from lepton.report_svg import Plot
 from lepton.rollouts import Decision, Gate, Rollout, WindowPoint
@@ -46,7 +46,7 @@ def _facts(data: Data) -> str:
     }
     pairs = "".join(f"<div><dt>{name}</dt><dd>{escape(text)}</dd></div>" for name, text in facts.items())
     rows = "".join(_traffic(f"version {version}", kind, _since_start(data, version)) for version, kind in data.kinds())
-    heads = ("What users saw", "Requests", "Failed", "", "95 % sure", "p50", "p99")
+    heads = ("What users saw", "Requests", "Refused", "Failed", "", "95 % sure", "p50", "p99")
     head = "".join(f"<th>{each}</th>" for each in heads)
     return (
         f'<section class="facts"><dl>{pairs}</dl>'
@@ -63,6 +63,7 @@ def _traffic(name: str, kind: str, seen: Bin) -> str:
     interval = f"{percent(low)} to {percent(high)}" if seen.judged else "-"
     cells = (
         f"{seen.requests:,}",
+        f"{seen.refused:,}",
         f"{seen.errors:,}",
         percent(seen.error_ratio) if seen.judged else "-",
         interval,
@@ -82,7 +83,11 @@ def _plots(data: Data) -> list[str]:
     every = f"{duration(data.width_s)} a point"
     figures = [_figure(shares(data), data, versions, "Numbers mark the decisions below; time counts from the start.")]
     if data.bins:
-        figures.append(_figure(errors(data), data, bands, f"Server errors and time-outs, {every}."))
+        told = f"Server errors and time-outs, {every}."
+        if refuses(data):
+            bands += [(f"{kind} dashed", f"{name}, refused") for kind, name in versions]
+            told = f"Server errors and time-outs; dashed 4xx, {every}."
+        figures.append(_figure(errors(data), data, bands, told))
         figures.append(_figure(latency(data), data, lines, f"As the gateway saw it, {every}."))
     judged = evidence(data)
     if judged is not None:

@@ -17,19 +17,27 @@ _BEFORE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """One version's traffic in a bin that begins at `second`. The percentiles are means of the windows' own, weighted
-    by requests: sketches are not sent, and for a plot that is near enough."""
+    """One version's traffic in a bin that begins at `second`. `refused` are answers of 4xx.
+
+    The percentiles are means of the windows' own, weighted by requests: sketches are not sent, and for a plot that is
+    near enough.
+    """
 
     second: float
     requests: int
     judged: int
     errors: int
+    refused: int
     p50_ms: float | None
     p99_ms: float | None
 
     @property
     def error_ratio(self) -> float | None:
         return self.errors / self.judged if self.judged else None
+
+    @property
+    def refused_ratio(self) -> float | None:
+        return self.refused / self.judged if self.judged else None
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -114,6 +122,7 @@ def _bin(second: float, windows: Sequence[WindowPoint]) -> Bin:
         requests=sum(each.requests for each in windows),
         judged=answered + errors,
         errors=errors,
+        refused=sum(each.client_errors for each in windows),
         p50_ms=_mean((each.p50_ms, each.requests) for each in windows),
         p99_ms=_mean((each.p99_ms, each.requests) for each in windows),
     )
@@ -132,6 +141,7 @@ def total(bins: Iterable[Bin]) -> Bin:
         requests=sum(each.requests for each in found),
         judged=sum(each.judged for each in found),
         errors=sum(each.errors for each in found),
+        refused=sum(each.refused for each in found),
         p50_ms=_mean((each.p50_ms, each.requests) for each in found),
         p99_ms=_mean((each.p99_ms, each.requests) for each in found),
     )
@@ -156,10 +166,11 @@ def shares(data: Data) -> Plot:
 
 
 def errors(data: Data) -> Plot:
-    """The error ratio of both versions, with the interval that holds it with 95 % confidence."""
+    """The error ratio of both versions, with the interval that holds it with 95 % confidence; dashed what was refused,
+    if anything was."""
     telling = [each for bins in data.bins.values() for each in bins if each.judged >= _TELLING]
     # The intervals of few requests would press the lines flat: they are cut off at the top.
-    highest = max((100 * each.errors / each.judged for each in telling), default=0.0)
+    highest = max((100 * max(each.errors, each.refused) / each.judged for each in telling), default=0.0)
     plot = Plot("Requests that failed", data.first, data.last, 0, min(100.0, max(1.6 * highest, 0.5)), unit=" %")
     for version, kind in data.kinds():
         bins = data.bins.get(version, [])
@@ -169,8 +180,21 @@ def errors(data: Data) -> Plot:
     for version, kind in data.kinds():
         points = _points(data, version, lambda each: None if each.error_ratio is None else 100 * each.error_ratio)
         plot.line(points, kind)
-    _hints(plot, data, lambda each: f"{percent(each.error_ratio)} of {each.judged:,} requests failed")
+        if refuses(data):
+            ratios = _points(data, version, lambda each: each.refused_ratio and 100 * each.refused_ratio)
+            plot.line(ratios, f"{kind} dashed")
+    _hints(plot, data, _failed)
     return plot
+
+
+def refuses(data: Data) -> bool:
+    """Whether any request was answered with 4xx."""
+    return any(each.refused for bins in data.bins.values() for each in bins)
+
+
+def _failed(each: Bin) -> str:
+    told = f"{percent(each.error_ratio)} of {each.judged:,} requests failed"
+    return f"{told}, {percent(each.refused_ratio)} refused" if each.refused else told
 
 
 def latency(data: Data) -> Plot:

@@ -128,7 +128,7 @@ def _head(rollout: Rollout, now: datetime) -> Text:
     if rollout.paused:
         text.append(" · paused", style="bold yellow")
     if rollout.by_hand:
-        text.append(" · moved by hand, the judge only watches", style="bold yellow")
+        text.append(" · moved by hand", style="bold yellow")
     return text
 
 
@@ -151,7 +151,8 @@ def _traffic(rollout: Rollout) -> Table:
 def _errors(arm: ArmView) -> str:
     if arm.error_ratio is None or arm.error_low is None or arm.error_high is None:
         return "-"
-    return f"{percent(arm.error_ratio)} ({arm.error_low * 100:.3g}-{arm.error_high * 100:.3g})"
+    low, high = (f"{each * 100:.3g}" if each > 1e-6 else "0" for each in (arm.error_low, arm.error_high))
+    return f"{percent(arm.error_ratio)} ({low}-{high})"
 
 
 def _silent(rollout: Rollout) -> list[ArmView]:

@@ -64,15 +64,18 @@ class Proxy:
         began = time.monotonic()
         headers = request.headers
         timeout_s = route.timeout_s
+        asked = b""
         if b"x-request-timeout-ms" in headers:
             timeout_s = min(timeout_s, _asked_timeout_s(headers[b"x-request-timeout-ms"]))
+            # The mesh knows which version let the caller wait, and says so in its 504; we would not.
+            asked = b"x-envoy-upstream-rq-timeout-ms: %d\r\n" % max(1, round(timeout_s * 1e3))
         started = self.tracing.start(request, route.serving.ref) if self.tracing.active else None
         forwarded = [
             b"%b: %b\r\n" % (name, headers[name])
             for name in (route.forwarded if started is None else route.forwarded_traced)
             if name in headers
         ]
-        head = route.head(line, version) + b"".join(forwarded)
+        head = route.head(line, version) + asked + b"".join(forwarded)
         if user is not None:
             head += b"x-lepton-bucket: %d\r\n" % (user % _USER_BUCKETS)
         span = None

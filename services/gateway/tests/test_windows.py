@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lepton_common.sketch import bucket_of
 from lepton_common.types import ModelRef
@@ -14,6 +14,8 @@ from lepton_gateway.windows import ASKED, FORCED, QUEUE_FULL, SPLIT, Closed, Cou
 
 from .lab import counted
 
+# The same examples each time, however slow the machine.
+STEADY = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 START = 1_800_000_000.0
 M = ModelRef("acme", "m")
 
@@ -87,6 +89,7 @@ def replay(windows: Windows, clock: Clock, answers: list[Answer]) -> dict[str, C
     return models
 
 
+@STEADY
 @given(ANSWERS)
 def test_windows_add_up_to_the_answers(answers: list[Answer]) -> None:
     windows = Windows(clock := Clock())
@@ -103,6 +106,7 @@ def test_windows_add_up_to_the_answers(answers: list[Answer]) -> None:
     assert len({each.id for each in told}) == len(told)
 
 
+@STEADY
 @given(ANSWERS)
 def test_an_answer_is_in_the_second_in_which_it_was_given_however_the_clock_jumps(answers: list[Answer]) -> None:
     windows = Windows(clock := Clock())
@@ -120,6 +124,7 @@ def test_an_answer_is_in_the_second_in_which_it_was_given_however_the_clock_jump
     assert +found == +expected
 
 
+@STEADY
 @given(ANSWERS)
 def test_prometheus_sees_every_answer_at_once_and_none_twice(answers: list[Answer]) -> None:
     windows = Windows(clock := Clock())
@@ -134,6 +139,7 @@ def test_prometheus_sees_every_answer_at_once_and_none_twice(answers: list[Answe
         closed_of(windows)
 
 
+@STEADY
 @given(st.lists(st.floats(1e-5, 100), max_size=50))
 def test_prometheus_buckets_hold_what_they_say_within_one_percent(latencies: list[float]) -> None:
     counts = Windows(Clock()).of(M)

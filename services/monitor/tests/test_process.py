@@ -85,7 +85,7 @@ def story(first: int, model: str) -> list[list[InferenceWindow]]:
     ]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 async def test_kills_in_the_middle_of_windows_change_no_closed_window(
     settings: Settings, kafka: str, telemetry: Telemetry
 ) -> None:

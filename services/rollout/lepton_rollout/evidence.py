@@ -13,7 +13,7 @@ from lepton_common.sketch import bucket_of, count_above, merged, milliseconds_of
 from lepton_rollout import trials
 from lepton_rollout.bets import Bet, log_mismatch
 from lepton_rollout.policy import Kind, Stage
-from lepton_rollout.trials import ERRORS, NONE, SLOW_P95, SLOW_P99, Counts, Trial
+from lepton_rollout.trials import ERRORS, NONE, REFUSED, SLOW_P95, SLOW_P99, Counts, Trial
 
 # How long before a step the stable's windows make its baseline, and how many answers a percentile takes.
 BASELINE_S = 600
@@ -41,6 +41,7 @@ class Baseline:
     p99: int | None = None
     answers: int = 0
     errors: Counts = NONE
+    refused: Counts = NONE
     requests: int = 0
     counters: tuple[tuple[str, int], ...] = ()
 
@@ -128,6 +129,7 @@ def baseline(windows: Iterable[Observation]) -> Baseline:
         p99=quantile_bucket(latency, 0.99) if answers >= _FOR_P99 else None,
         answers=answers,
         errors=Counts(sum(tally.errors for tally in tallies), sum(map(trials.judged, tallies))),
+        refused=Counts(sum(tally.client_errors for tally in tallies), sum(map(trials.judged, tallies))),
         requests=sum(map(trials.judged, seen)),
         counters=tuple(sorted(counters.items())),
     )
@@ -201,6 +203,8 @@ def _before(kind: str, known: Baseline) -> Counts:
     """The stable's bad answers before the step; beyond a percentile are those that define it, with `slack` fewer."""
     if kind == ERRORS:
         return known.errors
+    if kind == REFUSED:
+        return known.refused
     if kind == SLOW_P95:
         return Counts(ceil(0.05 * known.answers), known.answers if known.p95 is not None else 0)
     if kind == SLOW_P99:
@@ -294,6 +298,7 @@ def from_json(data: Mapping[str, Any]) -> Evidence:
             baseline=Baseline(
                 **{name: known[name] for name in ("p95", "p99", "answers", "requests")},
                 errors=Counts(**known["errors"]),
+                refused=Counts(**known["refused"]),
                 counters=tuple((str(name), int(count)) for name, count in known["counters"]),
             ),
             trials={str(name): _trial(each) for name, each in data["trials"].items()},

@@ -11,7 +11,7 @@ from lepton_common.sketch import bucket_of, count_above, milliseconds_of
 
 from lepton_rollout.bets import Bet, highest_ratio, odds_ratios, ratios_against, times_odds
 
-ERRORS, SLOW_P95, SLOW_P99 = "errors", "slow_p95", "slow_p99"
+ERRORS, REFUSED, SLOW_P95, SLOW_P99 = "errors", "refused", "slow_p95", "slow_p99"
 SHADOW_ERRORS, SHADOW_LABELS = "shadow_errors", "shadow_labels"
 # Alternatives as factors of the odds ratio that is tolerated, so that from 1.2 on every harm is near one of them.
 _WORSE = tuple(1.2 * (32 / 1.2) ** (step / 9) for step in range(10))
@@ -123,12 +123,13 @@ def kinds(policy: Policy) -> dict[str, Comparison]:
     """Every kind of bad answer that a version is judged by, and how."""
     judge = policy.judge
     counters = {f"counter_{name}": comparison for name, comparison in sorted(policy.counters.items())}
-    return {ERRORS: judge.errors, SLOW_P95: judge.slow, SLOW_P99: judge.slow, **counters}
+    return {ERRORS: judge.errors, REFUSED: judge.refused, SLOW_P95: judge.slow, SLOW_P99: judge.slow, **counters}
 
 
 def proves(kind: str) -> bool:
-    """Whether promotion asks for proof of this kind: what is beyond the 95th percentile proves latency well enough."""
-    return kind != SLOW_P99
+    """Whether promotion asks for proof of this kind: what is beyond the 95th percentile proves latency well enough, and
+    how often callers ask wrongly is their own affair as long as it is no more than with the stable."""
+    return kind not in (SLOW_P99, REFUSED)
 
 
 def level(policy: Policy) -> float:
@@ -165,6 +166,9 @@ def counted(kind: str, window: VersionWindow | None, policy: Policy, percentile:
         return None
     if kind == ERRORS:
         return Counts(tally.errors, judged(tally))
+    if kind == REFUSED:
+        # A user who asks wrongly goes on doing so: where users stay on a version, that is no version's doing.
+        return None if policy.sticky else Counts(tally.client_errors, judged(tally))
     if percentile is None:
         return None
     return Counts(count_above(tally.latency, slow_above(percentile, policy.judge)), sum(tally.latency.values()))
@@ -225,6 +229,7 @@ def finite(numbers: dict[str, float]) -> dict[str, float]:
 def _words(name: str) -> str:
     words = {
         ERRORS: "errors",
+        REFUSED: "requests refused as the caller's mistake",
         SLOW_P95: "answers slower than the stable's 95th percentile",
         SLOW_P99: "answers slower than the stable's 99th percentile",
         SHADOW_ERRORS: "failed answers to copies",

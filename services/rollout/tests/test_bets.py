@@ -149,34 +149,34 @@ def test_a_bet_on_nan_is_nan_and_stays_so() -> None:
 def test_false_alarms_are_as_rare_as_promised_although_every_window_is_looked_at(odds: float) -> None:
     rng = np.random.default_rng(11)
     values, alarms = [], 0
-    for _ in range(400):
+    for _ in range(200):
         trial = Trial()
-        for second in range(60):
+        for second in range(50):
             base = 0.05 * (1 + 0.8 * np.sin(second / 7))
             candidate_odds = odds * base / (1 - base)
             ours = int(rng.binomial(20, candidate_odds / (1 + candidate_odds)))
             trial = trial.seen(Counts(ours, 20), Counts(int(rng.binomial(80, base)), 80), Comparison())
         values.append(trial.worse.value)
         alarms += trial.worse.highest >= 20
-    assert np.mean(values) <= 1 + 3 * np.std(values) / 20
-    assert alarms <= 0.05 * 400
+    assert np.mean(values) <= 1 + 3 * np.std(values) / 200**0.5
+    assert alarms <= 0.05 * 200
 
 
 def test_what_is_at_the_margin_is_rarely_proven_to_be_below_it() -> None:
     rng = np.random.default_rng(12)
     values, proofs = [], 0
     comparison = Comparison(margin=1.5, acceptable=0.05)
-    for _ in range(400):
+    for _ in range(200):
         trial, best = Trial(), 0.0
-        for _ in range(60):
+        for _ in range(50):
             base = 0.06 / (1 - 0.06)
             ours = int(rng.binomial(50, 1.5 * base / (1 + 1.5 * base)))
             trial = trial.seen(Counts(ours, 50), Counts(int(rng.binomial(50, 0.06)), 50), comparison)
             best = max(best, trial.proof)
         values.append(trial.proof)
         proofs += best >= 20
-    assert np.mean(values) <= 1 + 3 * np.std(values) / 20
-    assert proofs <= 0.05 * 400
+    assert np.mean(values) <= 1 + 3 * np.std(values) / 200**0.5
+    assert proofs <= 0.05 * 200
 
 
 # --- ratios -----------------------------------------------------------------------------------------------------------
