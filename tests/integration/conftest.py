@@ -16,6 +16,7 @@ from lepton import Client
 from tritonclient.http import InferenceServerClient
 
 from . import onnx_models
+from .command import Lepton, command
 from .local_platform import Platform, running_platform, until
 from .oip_requests import GOOD, ROW, infer
 
@@ -53,6 +54,12 @@ def client(platform: Platform) -> Iterator[Client]:
     """The operator's client."""
     with platform.client() as client:
         yield client
+
+
+@pytest.fixture
+def lepton(platform: Platform, tmp_path: Path) -> Lepton:
+    """The operator's command line."""
+    return command(platform.home.folder, tmp_path)
 
 
 @pytest.fixture

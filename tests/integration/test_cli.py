@@ -1,13 +1,7 @@
 """The `lepton` command as a person or a script runs it: a process, its output, its exit code."""
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -15,48 +9,11 @@ import pytest
 from lepton.processes import free_port
 
 from . import onnx_models
+from .command import Lepton
 from .local_platform import Platform, until
 from .onnx_models import mlp_scores
 
 X = np.random.default_rng(3).standard_normal((2, 4)).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Lepton = Callable[..., Ended]
-
-
-@pytest.fixture
-def lepton(platform: Platform, tmp_path: Path) -> Lepton:
-    """Runs `lepton` beside the platform, in whose folder it finds URL and key: `lepton("models", "--json")`."""
-
-    def run(*arguments: object, stdin: str = "", **environment: str) -> Ended:
-        own = {name: value for name, value in os.environ.items() if not name.startswith("LEPTON_")}
-        ended = subprocess.run(
-            [Path(sys.executable).with_name("lepton"), *map(str, arguments)],
-            env={**own, "LEPTON_HOME": str(platform.home.folder), "COLUMNS": "200", "NO_COLOR": "1", **environment},
-            input=stdin,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=90,
-            check=False,
-        )
-        assert "Traceback" not in ended.stderr
-        return Ended(ended.returncode, ended.stdout, ended.stderr)
-
-    return run
 
 
 def saved(model: onnx.ModelProto, folder: Path) -> Path:

@@ -48,8 +48,13 @@ class Stalled(Exception):
 class KafkaBus:
     """A `Bus`. All who run with the same `group` (a service's name) share its events among them."""
 
-    def __init__(self, bootstrap: str, group: str, telemetry: Telemetry, *, stall_s: float = STALL_S) -> None:
+    def __init__(
+        self, bootstrap: str, group: str, telemetry: Telemetry, *, instance: str = "", stall_s: float = STALL_S
+    ) -> None:
+        """`instance` is this replica's own name, the same after a restart: without one, the events of a member that
+        was killed wait until its session is over, ten seconds."""
         self._bootstrap = Bootstrap.parse(bootstrap)
+        self._instance = instance
         self._group = group
         self._telemetry = telemetry
         self._stall_s = stall_s
@@ -124,6 +129,7 @@ class KafkaBus:
             bootstrap_servers=self._bootstrap.servers,
             client_id=f"lepton-{self._group}",
             group_id=f"lepton-{self._group}",
+            group_instance_id=None if self._bootstrap.mock or not self._instance else self._instance,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             # The mock broker holds an empty fetch for the whole time. Kafka does so only for a partition that is

@@ -25,6 +25,8 @@ class Settings(BaseSettings):
     """port to listen on, 0 for any free one"""
     kafka: str = "127.0.0.1:9092"
     """Kafka's bootstrap servers, host:port[,host:port]"""
+    instance: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,100}$")] = ""
+    """this replica's name, its own and the same after a restart; with one, Kafka's group takes it back at once"""
     postgres_dsn: Annotated[str, Field(repr=False, pattern=r"^postgresql(\+asyncpg)?://")] = (
         "postgresql://lepton@127.0.0.1:5432/lepton"
     )

@@ -18,7 +18,7 @@ MARKS = {GateState.PASSED: "✓", GateState.WAITING: "…", GateState.FAILED: "�
 
 
 # What there is of something, and the number that says how much of it is needed.
-_NEEDED = {"requests": "needed", "elapsed_s": "needed_s", "log_evidence": "log_needed"}
+_NEEDED = {"requests": "needed", "elapsed_s": "needed_s"}
 # The numbers of a bet, which are told in a sentence.
 _COUNTS = ("candidate_bad", "candidate_of", "stable_bad", "stable_of")
 _BETS = {"evidence", "needed", "evidence_against_past", "needed_against_past", *_COUNTS}
@@ -155,7 +155,8 @@ def outcome(rollout: Rollout) -> str:
                 f"The traffic of {rollout.model} is moved by hand; `lepton rollout resume {rollout.model}` ends that."
             )
         waits = f"; {waiting(rollout)}" if rollout.waiting_for else ""
-        return f"{name} is {rollout.state} at {rollout.percent:g} % of the traffic{waits}."
+        state = "paused" if rollout.paused else rollout.state.value
+        return f"{name} is {state} at {rollout.percent:g} % of the traffic{waits}."
     took = ""
     if rollout.finished_at:
         took = f" after {duration((rollout.finished_at - rollout.started_at).total_seconds())}"

@@ -34,7 +34,8 @@ class Service:
         return [sys.executable, "-m", self.module]
 
     def environment(self) -> dict[str, str]:
-        return {"LEPTON_HOST": "127.0.0.1", "LEPTON_PORT": str(self.port), **self.settings}
+        own = {"LEPTON_HOST": "127.0.0.1", "LEPTON_PORT": str(self.port), "LEPTON_INSTANCE": self.name}
+        return {**own, **self.settings}
 
     def not_ready(self) -> str | None:
         try:

@@ -168,7 +168,8 @@ def shares(data: Data) -> Plot:
 def errors(data: Data) -> Plot:
     """The error ratio of both versions, with the interval that holds it with 95 % confidence; dashed what was refused,
     if anything was."""
-    telling = [each for bins in data.bins.values() for each in bins if each.judged >= _TELLING]
+    totals = [total(bins) for bins in data.bins.values()]
+    telling = [each for bins in [*data.bins.values(), totals] for each in bins if each.judged >= _TELLING]
     # The intervals of few requests would press the lines flat: they are cut off at the top.
     highest = max((100 * max(each.errors, each.refused) / each.judged for each in telling), default=0.0)
     plot = Plot("Requests that failed", data.first, data.last, 0, min(100.0, max(1.6 * highest, 0.5)), unit=" %")

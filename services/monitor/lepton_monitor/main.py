@@ -60,7 +60,7 @@ def main() -> None:
         telemetry,
         Database(settings.postgres_dsn, "monitor"),
         EtcdClient(settings.etcd),
-        KafkaBus(settings.kafka, "monitor", telemetry),
+        KafkaBus(settings.kafka, "monitor", telemetry, instance=settings.instance),
     )
     service.background(partial(ensure_topics, settings.kafka))
     run(service)

@@ -68,7 +68,13 @@ def main() -> None:
     settings = Settings.read()
     telemetry = configure("registry", settings)
     db = Database(settings.postgres_dsn, "registry")
-    service = build(settings, telemetry, db, EtcdClient(settings.etcd), KafkaBus(settings.kafka, "registry", telemetry))
+    service = build(
+        settings,
+        telemetry,
+        db,
+        EtcdClient(settings.etcd),
+        KafkaBus(settings.kafka, "registry", telemetry, instance=settings.instance),
+    )
     # Not awaited before the start: models can be pushed while Kafka is away, their events wait in the outbox.
     service.background(partial(ensure_topics, settings.kafka))
     run(service)

@@ -8,12 +8,11 @@ from uuid import UUID
 
 from lepton.policies import OnFailure, Policy
 from lepton.rollouts import Action, GateState, Verdict
-from lepton_common.errors import Conflict
 from lepton_common.events import WindowClosed
 from lepton_common.records import Assigned, Serving
 from lepton_common.types import ModelRef
 
-from lepton_rollout.judge import Baseline, Evidence, entered, fresh
+from lepton_rollout.judge import Baseline, Evidence, entered, fresh, judge, observation, observe
 from lepton_rollout.policy import Stage, stages
 
 HOME_POOL = "cpu"
@@ -241,6 +240,21 @@ def is_stalled(rollout: Rollout, now: datetime) -> bool:
     return since is not None and now - since > timedelta(seconds=rollout.policy.max_step_s + rollout.stage.dwell_s)
 
 
+def observed(rollout: Rollout, windows: Sequence[WindowClosed], now: float) -> Rollout:
+    """The rollout after these windows, which are in order and later than what was judged: up to the first that decides
+    something. `now` is in Unix seconds."""
+    stage, policy = rollout.stage, rollout.policy
+    for window in contiguous(rollout, windows, now):
+        seen = observation(window, rollout.version, rollout.stable)
+        evidence = observe(rollout.walk.evidence, seen, stage, policy)
+        verdict = judge(evidence, stage, policy)
+        walk = replace(rollout.walk, evidence=evidence, verdict=verdict, judged=window.second, sequence=window.sequence)
+        rollout = replace(rollout, walk=walk)
+        if verdict.action is not Action.HOLD:
+            break
+    return rollout
+
+
 def contiguous(rollout: Rollout, windows: Sequence[WindowClosed], now: float) -> Sequence[WindowClosed]:
     """The windows to judge now, in order. A gap in their numbers is waited for, but not for long: what does not come
     is no evidence for anything. `now` is in Unix seconds."""
@@ -260,54 +274,3 @@ def is_news(before: Verdict | None, after: Verdict) -> bool:
 
 def _states(verdict: Verdict) -> list[tuple[str, GateState]]:
     return [(gate.name, gate.state) for gate in verdict.gates]
-
-
-# --- what persons make of it ------------------------------------------------------------------------------------------
-
-
-def paused(rollout: Rollout, reason: str) -> Rollout:
-    """It grows no further until it is resumed; harm still takes it back. Raises Conflict."""
-    _check_open(rollout)
-    return replace(rollout, walk=replace(rollout.walk, paused=True, waiting_for=f"paused: {reason}"))
-
-
-def resumed(rollout: Rollout) -> Rollout:
-    """It goes on. One held for harm starts its judgement anew: somebody has looked. Raises Conflict."""
-    _check_open(rollout)
-    walk = rollout.walk
-    if not (walk.paused or walk.held):
-        raise Conflict(f"rollout {rollout.id} is neither paused nor held: {walk.waiting_for or rollout.state}")
-    if walk.held:
-        return again(replace(rollout, walk=replace(walk, paused=False, held="", waiting_for="", evidence=fresh())))
-    return replace(rollout, walk=replace(walk, paused=False, waiting_for=""))
-
-
-def advanced(rollout: Rollout, reason: str, *, full: bool) -> Rollout:
-    """A person lets it enter the next stage, or with `full` the last one, whatever the judge says. Raises Conflict."""
-    _check_open(rollout)
-    if rollout.state is not State.SHIFTING:
-        raise Conflict(f"rollout {rollout.id} is {rollout.state}: no worker has its version ready yet")
-    last = len(rollout.plan) - 1
-    stage = rollout.walk.stage
-    target = last if full and stage < last else stage + 1
-    return stepped(replace(rollout, walk=replace(rollout.walk, stage=target - 1)), reason)
-
-
-def approved(rollout: Rollout) -> Rollout:
-    """The next stage may begin as soon as the judge agrees. Raises Conflict when it needs no approval."""
-    _check_open(rollout)
-    following = rollout.following
-    if following is None or not following.approval:
-        raise Conflict(f"rollout {rollout.id} waits for no approval: {rollout.walk.waiting_for or rollout.state}")
-    return replace(rollout, walk=replace(rollout.walk, approved=following.number))
-
-
-def aborted(rollout: Rollout, reason: str) -> Rollout:
-    """The traffic goes back. Raises Conflict."""
-    _check_open(rollout)
-    return failing(rollout, reason, State.ABORTED)
-
-
-def _check_open(rollout: Rollout) -> None:
-    if rollout.finished_at is not None or rollout.state is State.FAILING:
-        raise Conflict(f"rollout {rollout.id} is {rollout.state}: {rollout.reason or 'it is over'}")

@@ -152,6 +152,14 @@ def entered(evidence: Evidence, stage: Stage, second: int, baseline: Baseline) -
     return Evidence(second=second, entered=second, active=second, baseline=known, trials=evidence.trials)
 
 
+def learned(evidence: Evidence, windows: Iterable[Observation]) -> Evidence:
+    """The evidence with the percentiles of these windows, if too little was known of the stable when the step began.
+    What is measured by them comes later, so nothing is judged by what it was chosen by."""
+    if evidence.baseline.p95 is not None:
+        return evidence
+    return replace(evidence, baseline=_known(evidence.baseline, baseline(windows)))
+
+
 def _known(before: Baseline, now: Baseline) -> Baseline:
     if now.answers < _FOR_P95 and now.answers <= before.answers:
         return before

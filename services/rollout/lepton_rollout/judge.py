@@ -24,6 +24,7 @@ from lepton_rollout.evidence import (
     fresh,
     from_json,
     is_split,
+    learned,
     observation,
     observe,
     to_json,
@@ -43,6 +44,7 @@ __all__ = [
     "from_json",
     "interval",
     "judge",
+    "learned",
     "observation",
     "observe",
     "replay",
@@ -103,7 +105,7 @@ def replay(
         stage = way[number]
         as_is = replace(stage, kind=Kind.MATCH) if is_split(stage) else stage
         seen.append(observation(window, candidate, stable))
-        evidence = observe(evidence, seen[-1], as_is, policy)
+        evidence = learned(observe(evidence, seen[-1], as_is, policy), _recent(seen, window.second))
         last = (window.second, stage, judge(evidence, as_is, policy))
         if not said or said[-1][1] != stage or _changed(said[-1][2], last[2]):
             said.append(last)
@@ -118,7 +120,11 @@ def replay(
 
 
 def _onward(evidence: Evidence, stage: Stage, second: int, seen: Sequence[Observation]) -> Evidence:
-    return entered(evidence, stage, second, baseline([each for each in seen if each.second > second - BASELINE_S]))
+    return entered(evidence, stage, second, baseline(_recent(seen, second)))
+
+
+def _recent(seen: Sequence[Observation], second: int) -> list[Observation]:
+    return [each for each in seen if each.second > second - BASELINE_S]
 
 
 def _changed(before: Verdict, now: Verdict) -> bool:

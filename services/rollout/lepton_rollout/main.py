@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
-from uuid import uuid4
+from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
 
 from lepton_common.auth import Keys
 from lepton_common.bus import Bus
@@ -61,7 +61,7 @@ def build(
     starter = Starter(db, table, workers, settings.load_timeout_s, now)
     steering = Steering(db, table, workers, starter, now)
     commands = Commands(db, table, workers, starter, settings.load_timeout_s, now)
-    runner = Runner(db, Walker(db, table, workers, now), workers, uuid4(), now, telemetry.registry)
+    runner = Runner(db, Walker(db, table, workers, now), workers, _holder(settings.instance), now, telemetry.registry)
 
     service = Service("rollout", settings, telemetry, db=db, bus=bus)
     service.on_close(etcd.close)
@@ -97,7 +97,7 @@ def main() -> None:
         telemetry,
         Database(settings.postgres_dsn, "rollout"),
         EtcdClient(settings.etcd),
-        KafkaBus(settings.kafka, "rollout", telemetry),
+        KafkaBus(settings.kafka, "rollout", telemetry, instance=settings.instance),
         mesh,
         _now,
     )
@@ -120,6 +120,11 @@ def _mesh(settings: Settings) -> EnvoyMesh | IstioMesh:
     ca = settings.kubernetes_ca if settings.kubernetes_url.startswith("https:") else None
     cluster = Cluster(settings.kubernetes_url, settings.kubernetes_namespace, settings.kubernetes_token, ca)
     return IstioMesh(Kubernetes(cluster))
+
+
+def _holder(instance: str) -> UUID:
+    """Who claims rollouts. The same after a restart of a named replica, so that it goes on with them at once."""
+    return uuid5(NAMESPACE_URL, f"lepton:rollout:{instance}") if instance else uuid4()
 
 
 def _now() -> datetime:

@@ -13,7 +13,8 @@ from lepton_common.records import Assigned
 from lepton_common.types import ModelRef
 
 from lepton_rollout import store, store_facts
-from lepton_rollout.domain import Rollout, State, aborted, finished
+from lepton_rollout.domain import Rollout, State, finished
+from lepton_rollout.orders import aborted
 from lepton_rollout.record import unserved
 from lepton_rollout.serving import ServingTable
 from lepton_rollout.story import events

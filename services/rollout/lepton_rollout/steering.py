@@ -14,18 +14,9 @@ from lepton_common.records import Hand, LoadState, Serving
 from lepton_common.types import ModelRef
 
 from lepton_rollout import istio, store
-from lepton_rollout.domain import (
-    Rollout,
-    State,
-    aborted,
-    advanced,
-    again,
-    approved,
-    finished,
-    paused,
-    resumed,
-)
+from lepton_rollout.domain import Rollout, State, again, finished
 from lepton_rollout.mesh import Mesh
+from lepton_rollout.orders import aborted, advanced, approved, paused, resumed
 from lepton_rollout.record import settled, staged, taken, unserved
 from lepton_rollout.serving import ServingTable
 from lepton_rollout.starting import Starter

@@ -1,6 +1,6 @@
 """One step of one rollout: what its state asks for is done in the world, and what it becomes by that is returned."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 
@@ -8,7 +8,6 @@ from lepton.policies import FreezeWindow, Strategy
 from lepton.rollouts import Action
 from lepton_common.db import Database
 from lepton_common.errors import LeptonError
-from lepton_common.events import WindowClosed
 from lepton_common.records import LoadState, Serving
 
 from lepton_rollout import store, store_facts
@@ -16,7 +15,6 @@ from lepton_rollout.domain import (
     Rollout,
     State,
     applied,
-    contiguous,
     failing,
     finished,
     held,
@@ -24,13 +22,14 @@ from lepton_rollout.domain import (
     judged,
     laggard,
     loading,
+    observed,
     ready,
     shifting,
     stepped,
     told,
     waiting,
 )
-from lepton_rollout.judge import BASELINE_S, Baseline, Observation, baseline, judge, observation, observe
+from lepton_rollout.judge import BASELINE_S, Observation, baseline, learned, observation
 from lepton_rollout.loading import Loading, judge_loading
 from lepton_rollout.policy import Kind, frozen
 from lepton_rollout.record import abandoned, moved, promoted, settled, staged, warmed
@@ -115,7 +114,7 @@ class Walker:
             return waiting(rollout, f"pool {rollout.home.pool!r} is loading the version")
         if whole and not stage.dwell_s:
             return await self._promote(rollout)
-        before = await self._baseline(rollout)
+        before = baseline(await self._recent(rollout))
 
         def change(serving: Serving) -> Serving:
             at_home = moved(serving, rollout.home) if whole else serving
@@ -144,18 +143,11 @@ class Walker:
         """The windows that came in are judged, up to the first that decides something."""
         async with self._db.transaction() as tx:
             found = await store_facts.list_windows(tx, rollout.model, rollout.walk.judged + 1)
-        stage, policy = rollout.stage, rollout.policy
-        for window in contiguous(rollout, found, self._now().timestamp()):
-            seen = observation(window, rollout.version, rollout.stable)
-            evidence = observe(rollout.walk.evidence, seen, stage, policy)
-            verdict = judge(evidence, stage, policy)
-            walk = replace(
-                rollout.walk, evidence=evidence, verdict=verdict, judged=window.second, sequence=window.sequence
-            )
-            rollout = replace(rollout, walk=walk)
-            if verdict.action is not Action.HOLD:
-                break
-        return rollout
+        after = observed(rollout, found, self._now().timestamp())
+        if after.walk.evidence.baseline.p95 is None and after.walk.judged > rollout.walk.judged:
+            known = learned(after.walk.evidence, await self._recent(rollout))
+            after = replace(after, walk=replace(after.walk, evidence=known))
+        return after
 
     async def _acted(self, rollout: Rollout) -> Rollout:
         """What follows from the verdict on this stage, or from there being none."""
@@ -217,12 +209,13 @@ class Walker:
 
     # --- what is known --------------------------------------------------------------------------------------------
 
-    async def _baseline(self, rollout: Rollout) -> Baseline:
-        """What the stable has been like of late."""
-        now = int(self._now().timestamp())
+    async def _recent(self, rollout: Rollout) -> list[Observation]:
+        """What the versions have been like of late."""
         async with self._db.transaction() as tx:
-            windows = await store_facts.list_windows(tx, rollout.model, now - BASELINE_S)
-        return baseline(_observations(windows, rollout))
+            windows = await store_facts.list_windows(
+                tx, rollout.model, int(self._now().timestamp()) - BASELINE_S, rollout.walk.judged or None
+            )
+        return [observation(window, rollout.version, rollout.stable) for window in windows]
 
     def _is_gone(self, rollout: Rollout) -> bool:
         """Whether no worker has the version although some have the stable: else etcd knows of no worker at all."""
@@ -240,10 +233,6 @@ class Walker:
 
 class _NotHome(LeptonError):
     """The pool that is to serve the version for good cannot."""
-
-
-def _observations(windows: Sequence[WindowClosed], rollout: Rollout) -> list[Observation]:
-    return [observation(window, rollout.version, rollout.stable) for window in windows]
 
 
 def _frozen(freeze: FreezeWindow) -> str:

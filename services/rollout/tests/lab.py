@@ -18,6 +18,7 @@ from lepton_common.telemetry import configure
 from lepton_common.types import ModelRef
 from lepton_rollout.main import build
 from lepton_rollout.mesh_envoy import EnvoyMesh
+from lepton_rollout.mesh_istio import IstioMesh
 from lepton_rollout.settings import Settings
 
 from .seconds import Clock, Seconds
@@ -36,10 +37,10 @@ class Lab:
         self._tasks: list[asyncio.Task[None]] = []
 
     @asynccontextmanager
-    async def service(self, **changes: object) -> AsyncIterator[httpx.AsyncClient]:
-        """A replica that is ready, and a client of it."""
+    async def service(self, other_mesh: IstioMesh | None = None, **changes: object) -> AsyncIterator[httpx.AsyncClient]:
+        """A replica that is ready, and a client of it. It moves traffic in the lab's Envoy, or in another mesh."""
         settings = self.settings.model_copy(update={"port": free_port(), **changes})
-        mesh = EnvoyMesh(settings.mesh_dir, settings.envoy_admin)
+        mesh = other_mesh or EnvoyMesh(settings.mesh_dir, settings.envoy_admin)
         telemetry = configure("rollout", settings)
         logging.getLogger("httpx").setLevel(logging.WARNING)
         service = build(

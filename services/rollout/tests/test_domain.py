@@ -15,11 +15,8 @@ from lepton_rollout.domain import (
     GAP_S,
     Rollout,
     State,
-    aborted,
-    advanced,
     again,
     applied,
-    approved,
     contiguous,
     failing,
     finished,
@@ -28,13 +25,12 @@ from lepton_rollout.domain import (
     is_stalled,
     judged,
     laggard,
-    paused,
     ready,
-    resumed,
     shifting,
     stepped,
 )
 from lepton_rollout.judge import baseline
+from lepton_rollout.orders import aborted, advanced, approved, paused, resumed
 from lepton_rollout.story import events, notes
 
 from .stand_ins import assigned

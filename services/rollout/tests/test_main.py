@@ -26,6 +26,7 @@ async def process(lab: Lab, kafka: str) -> AsyncIterator[tuple[asyncio.subproces
     environment = {
         "LEPTON_PORT": str(port),
         "LEPTON_KAFKA": kafka,
+        "LEPTON_INSTANCE": "rollout",
         "LEPTON_POSTGRES_DSN": settings.postgres_dsn,
         "LEPTON_ETCD": settings.etcd,
         "LEPTON_MESH_DIR": str(settings.mesh_dir),

@@ -9,8 +9,9 @@ from lepton_common.etcd import EtcdClient
 from lepton_common.records import SERVING, Loaded, LoadState, Serving, WorkerState
 from lepton_common.types import ModelRef
 from lepton_rollout import store, store_facts
-from lepton_rollout.domain import Rollout, State, aborted, failing, shifting
+from lepton_rollout.domain import Rollout, State, failing, shifting
 from lepton_rollout.mesh import virtual_service
+from lepton_rollout.orders import aborted
 from lepton_rollout.record import warmed
 from lepton_rollout.runner import LEASE_S, Runner
 from lepton_rollout.serving import ServingTable

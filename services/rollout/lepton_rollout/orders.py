@@ -1,0 +1,56 @@
+"""What persons make of a rollout under way. Pure; each raises Conflict for a rollout that is over, or gives up."""
+
+from dataclasses import replace
+
+from lepton_common.errors import Conflict
+
+from lepton_rollout.domain import Rollout, State, again, failing, stepped
+from lepton_rollout.judge import fresh
+
+
+def paused(rollout: Rollout, reason: str) -> Rollout:
+    """It grows no further until it is resumed; harm still takes it back. Raises Conflict."""
+    _check_open(rollout)
+    return replace(rollout, walk=replace(rollout.walk, paused=True, waiting_for=f"paused: {reason}"))
+
+
+def resumed(rollout: Rollout) -> Rollout:
+    """It goes on. One held for harm starts its judgement anew: somebody has looked. Raises Conflict."""
+    _check_open(rollout)
+    walk = rollout.walk
+    if not (walk.paused or walk.held):
+        raise Conflict(f"rollout {rollout.id} is neither paused nor held: {walk.waiting_for or rollout.state}")
+    if walk.held:
+        return again(replace(rollout, walk=replace(walk, paused=False, held="", waiting_for="", evidence=fresh())))
+    return replace(rollout, walk=replace(walk, paused=False, waiting_for=""))
+
+
+def advanced(rollout: Rollout, reason: str, *, full: bool) -> Rollout:
+    """A person lets it enter the next stage, or with `full` the last one, whatever the judge says. Raises Conflict."""
+    _check_open(rollout)
+    if rollout.state is not State.SHIFTING:
+        raise Conflict(f"rollout {rollout.id} is {rollout.state}: no worker has its version ready yet")
+    last = len(rollout.plan) - 1
+    stage = rollout.walk.stage
+    target = last if full and stage < last else stage + 1
+    return stepped(replace(rollout, walk=replace(rollout.walk, stage=target - 1)), reason)
+
+
+def approved(rollout: Rollout) -> Rollout:
+    """The next stage may begin as soon as the judge agrees. Raises Conflict when it needs no approval."""
+    _check_open(rollout)
+    following = rollout.following
+    if following is None or not following.approval:
+        raise Conflict(f"rollout {rollout.id} waits for no approval: {rollout.walk.waiting_for or rollout.state}")
+    return replace(rollout, walk=replace(rollout.walk, approved=following.number))
+
+
+def aborted(rollout: Rollout, reason: str) -> Rollout:
+    """The traffic goes back. Raises Conflict."""
+    _check_open(rollout)
+    return failing(rollout, reason, State.ABORTED)
+
+
+def _check_open(rollout: Rollout) -> None:
+    if rollout.finished_at is not None or rollout.state is State.FAILING:
+        raise Conflict(f"rollout {rollout.id} is {rollout.state}: {rollout.reason or 'it is over'}")
