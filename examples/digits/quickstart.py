@@ -1,6 +1,7 @@
 """From a trained model to live predictions: scikit-learn's handwritten digits, pushed to Lepton, served and called.
 
-Run it twice if you like: the same training gives the same bytes, and the same bytes are the same version.
+Then a better version earns its traffic while users go on, and a broken one loses it within seconds. Run it as often as
+you like: it starts over with version 1, because the same training gives the same bytes, and those are the same version.
 """
 
 import os
@@ -11,27 +12,29 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import lepton
 import numpy as np
 import stamina
-from numpy.typing import NDArray
+from digits import Array, broken, show_digits, split_digits, train, train_better
+from lepton.evidence import is_over
+from lepton.report import page
+from lepton.rollouts import Rollout, RolloutState
+from lepton.watch import looks
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
-Array = NDArray[Any]
+from users import Users, failed, told
 
 MODEL = "digits"
 BATCH = 50
 WANTED_ACCURACY = 0.95
+USERS_PER_S = 120
+PATIENCE_S = 200
 LEPTON = Path(sys.executable).with_name("lepton")
 EXAMPLE = Path(__file__).with_name("digit.json")
-SHADES = " ░▒▓█"
+REPORTS = Path(__file__).with_name("out")
 
 console = Console(highlight=False)
 
@@ -44,37 +47,24 @@ def main() -> None:
         model = train(train_images, train_labels)
     start_platform()
     with lepton.Client() as client:
-        with step("Push", f"it as the model {MODEL!r}, and wait until it serves"):
-            version = client.push(model, name=MODEL)
-        note(f"version {version.version}, {version.size_bytes / 1000:.0f} kB of ONNX, sha256 {version.sha256[:12]}…")
+        serve(client, model)
+        call(client, test_images, test_labels)
 
-        with step("Call", f"{len(test_images)} images it has never seen, {BATCH} a request"):
-            predicted, confidence = predict_in_batches(client, test_images)
-        accuracy = float(np.mean(predicted == test_labels))
-        note(f"[bold green]{accuracy:.1%}[/] are read right")
-
-        with step("Time", "the same images again, one a request, each through gateway, mesh and worker"):
-            latencies_ms = time_single_calls(client, test_images)
-        p50, p99 = np.percentile(latencies_ms, [50, 99])
-        note(f"p50 [bold]{p50:.1f} ms[/], p99 [bold]{p99:.1f} ms[/], measured in this process")
-
-        show_digits(test_images, test_labels, predicted, confidence)
+        console.print("\n[bold]A better version earns its traffic[/]\n")
+        with step("Train", "a larger network, also on images moved by a pixel"):
+            better = train_better(train_images, train_labels, seed=len(client.versions(MODEL)) - 1)
+        with Users(client.endpoint, MODEL, test_images, test_labels, per_second=USERS_PER_S) as users:
+            note(f"Users come from now on: {USERS_PER_S} a second, each with an image it has never seen")
+            earned = earn(client, users, better)
+            console.print("\n[bold]A broken version loses it[/]\n")
+            lost = lose(client, users, better)
+        show_reports(client, earned, lost)
         show_what_next(client.endpoint.url)
-    if accuracy < WANTED_ACCURACY:
-        sys.exit(f"{accuracy:.1%} is less than {WANTED_ACCURACY:.0%}: something between training and serving is wrong.")
+    if lost.state is RolloutState.PROMOTED:
+        sys.exit("The broken version was let through: something in judging it is wrong.")
 
 
-def split_digits() -> tuple[Array, Array, Array, Array]:
-    """Train images, test images, train labels, test labels; an image is 64 float32 from 0 (paper) to 16 (ink)."""
-    images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(images.astype(np.float32), labels, test_size=0.25, random_state=0, stratify=labels)
-    return parts[0], parts[1], parts[2], parts[3]
-
-
-def train(images: Array, labels: Array) -> MLPClassifier:
-    # On one thread sums are taken in one order, so that every run ends in the same weights.
-    with threadpool_limits(1):
-        return MLPClassifier((128, 64), max_iter=400, random_state=0).fit(images, labels)
+# --- version 1 --------------------------------------------------------------------------------------------------------
 
 
 def start_platform() -> None:
@@ -85,6 +75,34 @@ def start_platform() -> None:
     started = subprocess.run([LEPTON, "up", "--detach"], check=False)
     if started.returncode:
         sys.exit(started.returncode)  # It has said what is missing.
+
+
+def serve(client: lepton.Client, model: MLPClassifier) -> None:
+    """The model has all traffic, whatever a run before this one left."""
+    for rollout in client.rollouts(MODEL):
+        if not is_over(rollout):
+            client.abort_rollout(rollout.id, reason="the quickstart starts over")
+            for _ in looks(client, rollout, poll_s=0.2):
+                pass  # Until it has ended.
+    with step("Push", f"it as the model {MODEL!r}, and wait until it serves"):
+        version = client.push(model, name=MODEL, deploy=False)
+        client.deploy(MODEL, version.version)
+    note(f"version {version.version}, {version.size_bytes / 1000:.0f} kB of ONNX, sha256 {version.sha256[:12]}…")
+
+
+def call(client: lepton.Client, images: Array, labels: Array) -> None:
+    with step("Call", f"{len(images)} images it has never seen, {BATCH} a request"):
+        predicted, confidence = predict_in_batches(client, images)
+    accuracy = float(np.mean(predicted == labels))
+    note(f"[bold green]{accuracy:.1%}[/] are read right")
+    if accuracy < WANTED_ACCURACY:
+        sys.exit(f"That is less than {WANTED_ACCURACY:.0%}: something between training and serving is wrong.")
+
+    with step("Time", "the same images one by one, each through gateway, mesh and worker"):
+        latencies_ms = time_single_calls(client, images)
+    p50, p99 = np.percentile(latencies_ms, [50, 99])
+    note(f"p50 [bold]{p50:.1f} ms[/], p99 [bold]{p99:.1f} ms[/], measured in this process")
+    show_digits(console, images, labels, predicted, confidence)
 
 
 def predict_in_batches(client: lepton.Client, images: Array) -> tuple[Array, Array]:
@@ -105,27 +123,84 @@ def time_single_calls(client: lepton.Client, images: Array) -> list[float]:
     return latencies_ms
 
 
-def show_digits(images: Array, labels: Array, predicted: Array, confidence: Array) -> None:
-    """Three digits read right and, to be honest, the one wrong answer that the model was surest of."""
-    right = np.flatnonzero(predicted == labels)
-    wrong = np.flatnonzero(predicted != labels)
-    chosen = [*right[:3], *wrong[np.argsort(-confidence[wrong])][:1]]
-    console.print()
-    drawings = [draw(images[index]) for index in chosen]
-    for line in zip(*drawings, strict=True):
-        console.print(Text("   ".join(line), style="cyan"))
-    captions = [caption(predicted[index], confidence[index], labels[index]) for index in chosen]
-    console.print("   ".join(f"{each:^16}" for each in captions))
+# --- the versions after it --------------------------------------------------------------------------------------------
 
 
-def draw(image: Array) -> list[str]:
-    """Eight lines of sixteen characters: two a pixel, so that pixels are about square."""
-    levels = np.round(image.reshape(8, 8) / 16 * (len(SHADES) - 1)).astype(int)
-    return ["".join(SHADES[level] * 2 for level in row) for row in levels]
+def earn(client: lepton.Client, users: Users, better: MLPClassifier) -> Rollout:
+    """The better version has all traffic, after it proved itself."""
+    with step("Push", "it, and leave the traffic where it is"):
+        version = client.push(better, name=MODEL, deploy=False).version
+    before = len(users.answers)
+    rollout = follow(client, users, client.start_rollout(MODEL, version, policy="fast"))
+    answers = users.answers[before:]
+    note(f"Meanwhile users got {len(answers):,} answers: {told(answers)}; failures: [bold]{len(failed(answers))}[/]")
+    if rollout.state is not RolloutState.PROMOTED:
+        # The judge is wrong about a good version once in twenty rollouts at most; a very busy machine misleads it, too.
+        note(f"[yellow]Version {version} is as good as the one before, but it was not let through.[/] Run this again.")
+    return rollout
 
 
-def caption(predicted: int, confidence: float, label: int) -> str:
-    return f"{predicted} ({confidence:.0%})" if predicted == label else f"{predicted} ({confidence:.0%}), it's {label}"
+def lose(client: lepton.Client, users: Users, better: MLPClassifier) -> Rollout:
+    """The traffic is back on the version that had it, after users of the broken one saw errors."""
+    with step("Break", "it on purpose: it knows 8 tones, and images have 17"):
+        model = broken(better)
+    with step("Push", "it; it loads and warms up like any other"):
+        version = client.push(model, name=MODEL, deploy=False).version
+    before = len(users.answers)
+    rollout = follow(client, users, client.start_rollout(MODEL, version, policy="fast"))
+    answers = users.answers[before:]
+    bad = failed(answers)
+    if bad:
+        note(
+            f"[bold]{len(bad)}[/] of {len(answers):,} users saw a bad answer,"
+            f" the last one [bold]{bad[-1].at_s - bad[0].at_s:.1f} s[/] after the first"
+        )
+    of_stable = [each for each in answers if each.version != version]
+    note(f"Version {rollout.stable} went on: {len(of_stable):,} answers, failures: [bold]{len(failed(of_stable))}[/]")
+    return rollout
+
+
+def follow(client: lepton.Client, users: Users, rollout: Rollout) -> Rollout:
+    """The rollout, ended: a line for each share that it had, and below them how it fares now."""
+    say("Roll", f"version {rollout.version} out by the policy 'fast': a share at a time, each judged on live traffic")
+    start, seen = time.perf_counter(), -1.0
+    with console.status("") as status:
+        for look in looks(client, rollout, poll_s=0.25):
+            rollout = look.rollout
+            second = f"[dim]{time.perf_counter() - start:5.1f} s[/]"
+            if rollout.percent != seen and not is_over(rollout):
+                seen = rollout.percent
+                why = rollout.reason if seen else "workers load it"
+                note(f"{second}  {seen:3g} % of the users  [dim]{escape(why)}[/]")
+            status.update(standing(rollout, users))
+            if time.perf_counter() - start > PATIENCE_S and not is_over(rollout):
+                client.abort_rollout(rollout.id, reason="the quickstart waits no longer")
+    good = rollout.state is RolloutState.PROMOTED
+    note(f"{second}  " + ("[bold green]promoted[/]" if good else f"[bold red]taken back[/]  {escape(rollout.reason)}"))
+    return rollout
+
+
+def standing(rollout: Rollout, users: Users) -> Text:
+    """How it fares now, in a line: who answers how often, what users saw in the last second, what it waits for."""
+    rates = [f"version {arm.version}: {arm.requests_per_s:.0f}/s" for arm in rollout.arms]
+    bad = len(failed(users.last(1.0)))
+    line = Text("   ".join([*rates, f"errors: {bad}/s", rollout.waiting_for]))
+    line.truncate(console.width - 2, overflow="ellipsis")  # The spinner has the rest.
+    return line
+
+
+# --- telling ----------------------------------------------------------------------------------------------------------
+
+
+def show_reports(client: lepton.Client, *rollouts: Rollout) -> None:
+    """Their pages are written."""
+    console.print("\n[bold]Read the whole story[/], with plots, in a browser:\n")
+    REPORTS.mkdir(exist_ok=True)
+    for rollout in rollouts:
+        path = REPORTS / f"{MODEL}-v{rollout.version}-rollout.html"
+        story = page(rollout, client.decisions(rollout.id), client.rollout_windows(rollout.id))
+        path.write_text(story, encoding="utf-8")
+        console.print(f"  {os.path.relpath(path)}", soft_wrap=True)
 
 
 def show_what_next(url: str) -> None:
@@ -138,6 +213,11 @@ def show_what_next(url: str) -> None:
         (f"infer {MODEL} --input {example}", "the same call from the command line"),
         ("models", "what is served"),
         (f"timeline {MODEL}", "what happened to it, and when"),
+        (f"rollout explain {MODEL}", "why the last version was taken back, each decision with its numbers"),
+        (f"rollout replay {MODEL} --policy careful", "what another policy would have decided on the same traffic"),
+        (f"rollout start {MODEL} 1 --policy fast", "the way of a version to live traffic; `rollout watch` shows it"),
+        ("policy show fast", "the policy by which they came"),
+        (f"mesh show {MODEL}", "the routes in the mesh, which `mesh apply` takes over by hand"),
         ("status", "how the platform is"),
         ("down", "end it; its data stays (also: make down)"),
     ):
@@ -152,7 +232,11 @@ def step(verb: str, what: str) -> Iterator[None]:
     start = time.perf_counter()
     with console.status(f"[bold cyan]{verb:5}[/] {what}"):
         yield
-    console.print(f"[bold cyan]{verb:5}[/] {what} [dim]({time.perf_counter() - start:.1f} s)[/]", soft_wrap=True)
+    say(verb, f"{what} [dim]({time.perf_counter() - start:.1f} s)[/]")
+
+
+def say(verb: str, what: str) -> None:
+    console.print(f"[bold cyan]{verb:5}[/] {what}", soft_wrap=True)
 
 
 def note(text: str) -> None:
@@ -165,3 +249,5 @@ if __name__ == "__main__":
         main()
     except lepton.LeptonError as error:
         sys.exit(f"\n{error}")
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. The platform goes on: `lepton down` ends it.")

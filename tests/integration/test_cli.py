@@ -204,7 +204,7 @@ def test_model_that_cannot_be_loaded_is_reported(lepton: Lepton, name: str, tmp_
     ended = lepton("push", saved(onnx_models.refused_at_load(), tmp_path), "--name", name)
     assert ended.code == 1
     assert "Pow" in ended.err
-    assert "lepton timeline" in ended.err
+    assert "lepton rollout explain" in ended.err
     assert "failed" in lepton("versions", name).out
 
 

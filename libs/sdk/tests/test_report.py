@@ -58,7 +58,21 @@ def test_what_users_saw_adds_up_to_the_windows_since_the_start() -> None:
     for version in (2, 3):
         seen = [each for each in story.windows if each.version == version and each.at >= stories.START]
         requests, failed = sum(each.requests for each in seen), sum(each.server_errors for each in seen)
-        assert rows[f"version {version}"][:2] == [f"{requests:,}", f"{failed:,}"]
+        refused = sum(each.client_errors for each in seen)
+        assert rows[f"version {version}"][:3] == [f"{requests:,}", f"{refused:,}", f"{failed:,}"]
+
+
+def test_refused_requests_are_told_where_there_are_any() -> None:
+    story = stories.bad()
+    assert ", refused" not in text_of(parsed(story.looks[-1], story.decisions, story.windows))
+    windows = [
+        each.model_copy(update={"client_errors": each.ok, "ok": 0}) if each.version == 3 else each
+        for each in story.windows
+    ]
+    told = parsed(story.looks[-1], story.decisions, windows)
+    assert "version 3, refused" in text_of(told)
+    plot = next(each for each in told.iter("svg") if each.get("aria-label") == "Requests that failed")
+    assert "100 %" in text_of(plot)
 
 
 def test_all_four_plots_are_there_with_marks_of_the_decisions() -> None:
