@@ -97,12 +97,16 @@ class Decision(Response):
 
 
 class ArmView(Response):
-    """One version's live traffic over the last seconds. The interval holds the error ratio with 95 % confidence."""
+    """One version's live traffic over the last seconds. The interval holds the error ratio with 95 % confidence.
+
+    `refused_ratio`: requests answered as the caller's own mistake (4xx).
+    """
 
     version: int
     percent: float
     requests_per_s: float
     error_ratio: float | None = None
+    refused_ratio: float | None = None
     error_low: float | None = None
     error_high: float | None = None
     p50_ms: float | None = None

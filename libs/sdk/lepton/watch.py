@@ -152,7 +152,8 @@ def _errors(arm: ArmView) -> str:
     if arm.error_ratio is None or arm.error_low is None or arm.error_high is None:
         return "-"
     low, high = (f"{each * 100:.3g}" if each > 1e-6 else "0" for each in (arm.error_low, arm.error_high))
-    return f"{percent(arm.error_ratio)} ({low}-{high})"
+    refused = f", {percent(arm.refused_ratio)} refused" if arm.refused_ratio else ""
+    return f"{percent(arm.error_ratio)} ({low}-{high}){refused}"
 
 
 def _silent(rollout: Rollout) -> list[ArmView]:

@@ -213,7 +213,7 @@ def judged(rollout: Rollout, verdict: Verdict) -> Rollout:
         case Action.ROLL_BACK:
             return held(rollout, f"worse than the stable: {verdict.reason}")
         case _:
-            return waiting(rollout, verdict.reason)
+            return rollout if rollout.walk.paused else waiting(rollout, verdict.reason)
 
 
 def waiting(rollout: Rollout, reason: str) -> Rollout:

@@ -77,7 +77,8 @@ def judge(evidence: Evidence, stage: Stage, policy: Policy) -> Verdict:
     else:
         action, reason = Action.STEP, "proven to be no worse" if stage.prove else "no proof of harm"
     # Somebody should look when the stable is sick, or when the evidence is no number and says nothing.
-    page = failed is None and (waiting in harms or waiting is stable)
+    unknown = waiting in harms and waiting is not None and not waiting.numbers
+    page = failed is None and (unknown or waiting is stable)
     return Verdict(action=action, reason=reason, second=evidence.second, page=page, gates=gates)
 
 
@@ -151,7 +152,8 @@ def _limits(evidence: Evidence, policy: Policy) -> tuple[Gate, Gate]:
     if ours and not theirs:
         limits = Gate(name="limits", state=GateState.FAILED, detail=f"limits: {ours} of the version's requests")
     else:
-        limits = Gate(name="limits", state=GateState.PASSED, detail="limits: the version is not alone beyond one")
+        kept = "the stable is beyond them as well" if ours else "kept, as far as any is set"
+        limits = Gate(name="limits", state=GateState.PASSED, detail=f"limits: {kept}")
     if theirs:
         return limits, Gate(name="stable", state=GateState.WAITING, detail=f"the stable itself is sick: {theirs}")
     return limits, Gate(name="stable", state=GateState.PASSED, detail="the stable is well")
@@ -242,10 +244,10 @@ def _traffic(evidence: Evidence, stage: Stage) -> Gate:
         return Gate(
             name="traffic", state=GateState.WAITING, detail=f"waits for {what} again", numbers=trials.finite(numbers)
         )
-    state = GateState.PASSED if evidence.requests >= needed else GateState.WAITING
-    return Gate(
-        name="traffic", state=state, detail=f"waits for {needed} {what} at this share", numbers=trials.finite(numbers)
-    )
+    passed = evidence.requests >= needed
+    state = GateState.PASSED if passed else GateState.WAITING
+    detail = f"{'had' if passed else 'waits for'} {needed} {what} at this share"
+    return Gate(name="traffic", state=state, detail=detail, numbers=trials.finite(numbers))
 
 
 def _proofs(evidence: Evidence, stage: Stage, policy: Policy) -> list[Gate]:

@@ -11,6 +11,8 @@ from lepton_rollout.judge import fresh
 def paused(rollout: Rollout, reason: str) -> Rollout:
     """It grows no further until it is resumed; harm still takes it back. Raises Conflict."""
     _check_open(rollout)
+    if rollout.walk.paused:
+        raise Conflict(f"rollout {rollout.id} is paused already: {rollout.walk.waiting_for}")
     return replace(rollout, walk=replace(rollout.walk, paused=True, waiting_for=f"paused: {reason}"))
 
 

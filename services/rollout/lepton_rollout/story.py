@@ -29,7 +29,9 @@ def notes(before: Rollout, after: Rollout) -> Iterator[Note]:
         yield Note("shifted", f"the mesh acknowledged {_share(after)}")
     if after.walk.held and after.walk.held != before.walk.held:
         yield Note("held", after.walk.held)
-    if after.state is not before.state and after.state is not State.SHIFTING:
+    # What the judge said is on record with its numbers; giving up is what follows from it.
+    repeats = after.state is State.FAILING and verdict is not None and verdict.reason == after.reason
+    if after.state is not before.state and after.state is not State.SHIFTING and not repeats:
         yield Note(after.state, after.reason)
 
 

@@ -205,6 +205,10 @@ def harm(name: str, trial: Trial, part: float) -> Gate:
         beside = f"the stable's {stable.bad} of {stable.of}" if trial.worse.peak >= log(needed) else "the time before"
         detail = f"{words}: worse than the stable, {candidate.bad} of {candidate.of} against {beside}"
         return Gate(name=name, state=GateState.FAILED, detail=detail, numbers=finite(numbers))
+    if fine and trial.worse.value >= needed**0.5:
+        # Half of the way to proof, in the logarithm: nothing grows meanwhile, and if it was chance it goes by itself.
+        detail = f"{words}: look worse than the stable's, {candidate.bad} of {candidate.of}; waits until that is clear"
+        return Gate(name=name, state=GateState.WAITING, detail=detail, numbers=finite(numbers))
     if fine:
         return Gate(name=name, state=GateState.PASSED, detail=f"{words}: no proof of harm", numbers=finite(numbers))
     return Gate(name=name, state=GateState.WAITING, detail=f"{words}: the evidence is not a number")

@@ -56,6 +56,7 @@ def _arms(rollout: domain.Rollout, serving: Serving, recent: Sequence[WindowClos
         requests = sum(each.requests for each in parts)
         counted = sum(each.requests - each.shed for each in parts)
         errors = sum(each.errors for each in parts)
+        refused = sum(each.client_errors for each in parts)
         latency = sketch.merged(each.latency for each in parts)
         low, high = interval(errors, counted) if counted else (None, None)
         yield ArmView(
@@ -63,6 +64,7 @@ def _arms(rollout: domain.Rollout, serving: Serving, recent: Sequence[WindowClos
             percent=shares.get(version, 0.0),
             requests_per_s=requests / seconds if seconds else 0.0,
             error_ratio=errors / counted if counted else None,
+            refused_ratio=refused / counted if counted else None,
             error_low=low,
             error_high=high,
             p50_ms=sketch.quantile_ms(latency, 0.5),

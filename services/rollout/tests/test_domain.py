@@ -239,7 +239,7 @@ def test_a_rollback_is_told_with_its_numbers_and_that_the_traffic_is_back() -> N
     assert shifted.percent == 0
     assert (end.outcome, end.reason) == ("rolled_back", "more errors")
     assert end.evidence["gates"] == {"errors": {"harm": 1.0}}
-    assert [note.action for note in notes(walking(), before)] == ["roll_back", "failing"]
+    assert [note.action for note in notes(walking(), before)] == ["roll_back"]
 
 
 def test_a_page_is_sent_once() -> None:

@@ -245,14 +245,14 @@ async def test_a_foreign_tenant_sees_and_moves_nothing(lab: Lab, model: ModelRef
 async def test_a_rollout_goes_on_after_a_restart(lab: Lab, client: httpx.AsyncClient, model: ModelRef) -> None:
     worker = await lab.worker("a")
     worker.slow.add(1)
-    async with lab.service() as rollout:
+    async with lab.service(instance="a") as rollout:
         await lab.register(model, 1)
         started = (
             await rollout.post("/v1/rollouts", json={"model": model.model, "version": 1, "policy": "immediate"})
         ).json()
     worker.slow.clear()
     worker.look_again()
-    async with lab.service() as rollout:
+    async with lab.service(instance="a") as rollout:
         done = await lab.ended(rollout, started)
 
     assert done["state"] == "promoted"
