@@ -1,7 +1,8 @@
 """What became of each model's requests, second by second: one structure for the windows and for Prometheus. Pure.
 
-An answer only adds to the current second of its model: a dictionary look-up and an increment. When the second is over
-it goes to `Windows.closed`, for whoever tells of it, and is added to the totals that Prometheus reads.
+An answer only adds to the current second of its model: a dictionary look-up and an append. When the second is over its
+latencies are put into buckets, all at once, it goes to `Windows.closed`, for whoever tells of it, and is added to the
+totals that Prometheus reads.
 
 A second is that of the clock at the answer itself, so a process that was frozen labels nothing wrongly. Where the clock
 is set back, seconds would come twice: a new epoch begins, as if the gateway had been started again.
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from math import ceil, log
 
+import numpy as np
 from lepton_common.sketch import BUCKETS_PER_LOG, FIRST, LAST, ONE_SECOND
 from lepton_common.types import ModelRef
 
@@ -22,7 +24,7 @@ CLIENT_GONE = 499
 # A 503 of a full queue and a caller that left, told apart from failures and from what a model says. To everyone else
 # they are 503 and 499.
 QUEUE_FULL, LEFT = 1503, 1499
-_UNAVAILABLE = 503
+_OK, _UNAVAILABLE = 200, 503
 
 # Status and bucket in one number, so that an answer costs one increment. No latency has a bucket as high as this.
 _STRIDE = 4096
@@ -52,18 +54,36 @@ def outcome_of(status: int) -> Outcome:
 
 
 class Cell:
-    """Answers of one version: how many of each status and latency, and how long they took together."""
+    """Answers of one version: how many of each status and latency, and how long they took together.
 
-    __slots__ = ("counts", "seconds", "users")
+    `waiting` are the latencies in seconds of answers of status 200 that are not counted yet: see `settle`.
+    """
+
+    __slots__ = ("counts", "seconds", "users", "waiting")
 
     def __init__(self) -> None:
         self.counts: defaultdict[int, int] = defaultdict(int)
         self.seconds = 0.0
+        self.waiting: list[float] = []
         # By a hash of the user: the worst outcome and the longest latency of all their answers.
         self.users: dict[int, int] = {}
 
+    def settle(self) -> None:
+        """Every answer is counted: all at once, which costs a tenth of one by one."""
+        if not self.waiting:
+            return
+        latencies = np.array(self.waiting)
+        self.waiting.clear()
+        self.seconds += float(latencies.sum())
+        # `sketch.bucket_of`, for all of them.
+        exact = np.log(np.maximum(latencies, 1e-6)) * BUCKETS_PER_LOG + ONE_SECOND
+        buckets = np.clip(np.ceil(exact), FIRST, LAST).astype(np.int64)
+        for bucket, count in zip(*np.unique(buckets, return_counts=True), strict=True):
+            self.counts[_OK * _STRIDE + int(bucket)] += int(count)
+
     def add(self, other: "Cell") -> None:
         """The other's answers too, but not its users."""
+        other.settle()
         for key, count in other.counts.items():
             self.counts[key] += count
         self.seconds += other.seconds
@@ -158,6 +178,7 @@ class Windows:
         self.clock = clock
         self.epoch = int(clock() * 1e3)
         self.second = int(clock())
+        self.end = self.second + 1
         self.closed: deque[Closed] = deque()
         self.dropped = 0
         self._awake: dict[ModelRef, Counts] = {}
@@ -187,7 +208,7 @@ class Windows:
                 del self._awake[counts.ref]
         if now <= self.second:
             self.epoch = max(self.epoch + 1, int(self.clock() * 1e3))
-        self.second = now
+        self.second, self.end = now, now + 1
 
 
 class Counts:
@@ -220,12 +241,15 @@ class Counts:
     def add(self, kind: int, version: bytes, status: int, seconds: float, user: int | None = None) -> None:
         """An answer was given now. `user` is a hash of who asked, where users stay on their version."""
         windows = self._windows
-        now = int(windows.clock())
-        if now != windows.second:
-            windows.close(now)
+        now = windows.clock()
+        if not windows.second <= now < windows.end:
+            windows.close(int(now))
         cell = self.cells[kind].get(version)
         if cell is None:
             cell = self.cells[kind][version] = Cell()
+        if status == _OK and user is None:
+            cell.waiting.append(seconds)
+            return
         # `sketch.bucket_of`, without the call.
         bucket = ceil(log(seconds) * BUCKETS_PER_LOG + ONE_SECOND) if seconds > 1e-6 else FIRST
         cell.counts[status * _STRIDE + bucket] += 1
@@ -261,6 +285,8 @@ class Counts:
 
     def close(self, epoch: int, second: int) -> Closed:
         """The second as it was; it is in the totals, and a new one has begun. Asleep when there was nothing in it."""
+        for _, cell in self._current():
+            cell.settle()
         split, forced, _ = self.cells
         closed = Closed(
             self.ref,
