@@ -8,6 +8,7 @@ from rich.markup import escape
 
 from lepton.connect import connect
 from lepton.render import Json, console, print_json, progress_bars, show, size
+from lepton.rollouts import RolloutState
 
 commands = typer.Typer()
 _PANEL = "Models"
@@ -120,7 +121,9 @@ def rollback(ctx: typer.Context, model: Name, wait: Wait = True, timeout: Timeou
     if json:
         print_json(rollout)
     else:
-        console.print(f"{model} {'is' if wait else 'is on its way'} back at version {rollout.version}.")
+        ends_here = rollout.state in (RolloutState.SHIFTING, RolloutState.LOADING, RolloutState.PROMOTED)
+        back_at = rollout.version if ends_here else rollout.stable
+        console.print(f"{model} {'is' if wait else 'is on its way'} back at version {back_at}.")
 
 
 @commands.command(rich_help_panel=_PANEL)

@@ -70,9 +70,18 @@ def deploy(
 def rollback(
     model: str, *, wait: bool = True, timeout: float = 300.0, progress: OnProgress | None = None
 ) -> Flow[Rollout]:
-    """All live traffic goes back to the version that served before. Raises Conflict when there was none."""
+    """All live traffic goes back: a rollout that has moved some of it gives up, else a new one brings it to the version
+    before. Returns that rollout. Raises Conflict when there is nothing to go back to."""
     started = yield from post(Rollout, f"/v1/serving/{segment(model)}/rollback")
-    return (yield from wait_for(started, timeout=timeout, progress=progress)) if wait else started
+    if not wait:
+        return started
+    try:
+        return (yield from wait_for(started, timeout=timeout, progress=progress))
+    except RolloutFailed:
+        ended = yield from rollout(started.id)
+        if started.state is RolloutState.FAILING and ended.state is not RolloutState.FAILED:
+            return ended  # It gave up, which is what was asked for.
+        raise
 
 
 def wait_for(rollout: Rollout, *, timeout: float = 300.0, progress: OnProgress | None = None) -> Flow[Rollout]:

@@ -173,11 +173,13 @@ def _versions(closed: Closed) -> Iterator[VersionWindow]:
             if version == _NO_VERSION and not forced:
                 counts["shed"] += closed.refused
                 counts["client_errors"] += closed.left
+            # Who did not say who they are is judged like everybody: `users` holds all of the traffic or is not there.
+            told = bool(cell.users) or (closed.sticky and not forced and version != _NO_VERSION)
             yield VersionWindow(
                 version=version,
                 pool=closed.pools.get(version, ""),
                 forced=forced,
-                users=Tally(**_tally(cell.user_outcomes(), cell.user_latency())) if cell.users else None,
+                users=Tally(**_tally(cell.user_outcomes(), cell.user_latency())) if told else None,
                 **counts,
             )
 

@@ -63,6 +63,7 @@ class Route:
         self.forwarded_traced = tuple(dict.fromkeys((*_FORWARDED_TRACED, *own)))
         self.forwarded = tuple(dict.fromkeys((*_FORWARDED_TRACED, *_TRACE, *own)))
         self.sticky = serving.sticky
+        self.counts.sticky = serving.sticky is not None
         self.shadow = serving.shadow
         self.stable = b"" if serving.stable is None else b"%d" % serving.stable
 

@@ -12,6 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import chain
 from math import ceil, log
 
 import numpy as np
@@ -56,13 +57,15 @@ def outcome_of(status: int) -> Outcome:
 class Cell:
     """Answers of one version: how many of each status and latency, and how long they took together.
 
-    `waiting` are the latencies in seconds of answers of status 200 that are not counted yet: see `settle`.
+    `waiting` are the latencies in seconds of answers of status 200 that are not counted yet: see `settle`. `named` are
+    those of `counts` that are some user's in `users`; who gave any other is a user of their own.
     """
 
-    __slots__ = ("counts", "seconds", "users", "waiting")
+    __slots__ = ("counts", "named", "seconds", "users", "waiting")
 
     def __init__(self) -> None:
         self.counts: defaultdict[int, int] = defaultdict(int)
+        self.named: defaultdict[int, int] = defaultdict(int)
         self.seconds = 0.0
         self.waiting: list[float] = []
         # By a hash of the user: the worst outcome and the longest latency of all their answers.
@@ -89,6 +92,7 @@ class Cell:
         self.seconds += other.seconds
 
     def add_user(self, user: int, status: int, bucket: int) -> None:
+        """An answer that is counted is that user's. Users beyond so many in a second are nobody in particular."""
         before = self.users.get(user)
         outcome = int(outcome_of(status))
         if before is not None:
@@ -96,6 +100,9 @@ class Cell:
             self.users[user] = max(worst, outcome) * _STRIDE + max(longest, bucket)
         elif len(self.users) < _MAX_USERS:
             self.users[user] = outcome * _STRIDE + bucket
+        else:
+            return
+        self.named[status * _STRIDE + bucket] += 1
 
     def by_status(self) -> dict[int, int]:
         """How many of each status that callers saw."""
@@ -111,21 +118,30 @@ class Cell:
         return _latency(self.counts.items())
 
     def outcomes(self) -> dict[Outcome, int]:
-        found: dict[Outcome, int] = {}
-        for key, count in self.counts.items():
-            outcome = outcome_of(key // _STRIDE)
-            found[outcome] = found.get(outcome, 0) + count
-        return found
+        return _outcomes(self.counts.items())
 
     def user_outcomes(self) -> dict[Outcome, int]:
-        found: dict[Outcome, int] = {}
+        """Of all users, those of their own included."""
+        found = _outcomes(self._unnamed())
         for value in self.users.values():
             outcome = Outcome(value // _STRIDE)
             found[outcome] = found.get(outcome, 0) + 1
         return found
 
     def user_latency(self) -> dict[int, int]:
-        return _latency((value, 1) for value in self.users.values())
+        return _latency(chain(((value, 1) for value in self.users.values()), self._unnamed()))
+
+    def _unnamed(self) -> list[tuple[int, int]]:
+        rest = ((key, count - self.named.get(key, 0)) for key, count in self.counts.items())
+        return [(key, count) for key, count in rest if count]
+
+
+def _outcomes(counts: Iterable[tuple[int, int]]) -> dict[Outcome, int]:
+    found: dict[Outcome, int] = {}
+    for key, count in counts:
+        outcome = outcome_of(key // _STRIDE)
+        found[outcome] = found.get(outcome, 0) + count
+    return found
 
 
 def _latency(counts: Iterable[tuple[int, int]]) -> dict[int, int]:
@@ -157,6 +173,7 @@ class Closed:
     """One second of a model, over. `split` and `forced` are by the version that answered, as the mesh says it.
 
     `refused` never went to the mesh, `left` are callers that did not wait. `pools` are where the versions run.
+    `sticky`: users stay on their version, so they are what is counted.
     """
 
     ref: ModelRef
@@ -169,6 +186,7 @@ class Closed:
     in_flight: int
     pools: Mapping[int, str]
     shadow: Shadowing | None
+    sticky: bool
 
 
 class Windows:
@@ -214,7 +232,10 @@ class Windows:
 class Counts:
     """One model: its requests under way, its current second, and its totals."""
 
-    __slots__ = ("_left", "_refused", "_totals", "_windows", "cells", "in_flight", "is_awake", "pools", "ref", "shadow")
+    __slots__ = (
+        *("_left", "_refused", "_totals", "_windows"),
+        *("cells", "in_flight", "is_awake", "pools", "ref", "shadow", "sticky"),
+    )
 
     def __init__(self, windows: Windows, ref: ModelRef) -> None:
         self._windows = windows
@@ -223,6 +244,7 @@ class Counts:
         self.in_flight = 0
         self.is_awake = False
         self.pools: Mapping[int, str] = {}
+        self.sticky = False
         self._begin()
 
     def _begin(self) -> None:
@@ -239,7 +261,8 @@ class Counts:
         self._windows.awake(self)
 
     def add(self, kind: int, version: bytes, status: int, seconds: float, user: int | None = None) -> None:
-        """An answer was given now. `user` is a hash of who asked, where users stay on their version."""
+        """An answer was given now. `user` is a hash of who asked, where users stay on their version and this one is
+        known."""
         windows = self._windows
         now = windows.clock()
         if not windows.second <= now < windows.end:
@@ -299,6 +322,7 @@ class Counts:
             self.in_flight,
             self.pools,
             self.shadow,
+            self.sticky,
         )
         has_traffic = bool(any(self.cells) or self._refused or self._left.counts or self.shadow)
         _gather(self._totals, self._current())

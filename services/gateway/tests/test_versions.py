@@ -138,7 +138,10 @@ async def test_users_are_counted_once_a_second(lab: Lab) -> None:
     for user in ("anna", "bert", "anna", "anna"):
         await lab.client.post(INFER, headers={"x-user": user})
     await lab.client.post(INFER)
-    lab.windows.told("m")
+    told = [version for window in lab.windows.told("m") for version in window.versions]
+    assert len(told) == sum(each.users is not None for each in told)
+    # Who does not say who they are is a user of their own, but of no other request.
+    assert 3 <= sum(each.users.requests for each in told if each.users) <= 5
     cells = [cell for closed in lab.windows.kept[begun:] for cell in closed.split.values()]
     assert sum(sum(cell.counts.values()) for cell in cells) == 5
     users = [set(cell.users) for cell in cells]

@@ -270,10 +270,66 @@ def test_users_of_a_second_are_bounded() -> None:
     for user in range(100_010):
         answer(counts, SPLIT, b"1", 200, 0.01, user)
     answer(counts, SPLIT, b"1", 500, 0.01, 5)
-    (window,) = [event_of(each, "g") for each in closed_of(windows)]
-    (version,) = window.versions
+    # One too many: each of their requests is somebody's.
+    answer(counts, SPLIT, b"1", 500, 0.01, 100_009)
+    (closed,) = closed_of(windows)
+    (version,) = event_of(closed, "g").versions
+    assert len(closed.split[b"1"].users) == 100_000
     assert version.users is not None
-    assert (version.requests, version.users.requests, version.users.server_errors) == (100_011, 100_000, 1)
+    assert (version.requests, version.users.requests, version.users.server_errors) == (100_012, 100_011, 2)
+    assert sum(version.users.latency.values()) == 100_011
+
+
+def test_who_does_not_say_who_they_are_is_a_user_of_their_own_where_users_are_sticky() -> None:
+    windows = Windows(Clock())
+    counts = windows.of(M)
+    counts.sticky = True
+    for version, status, seconds, user in [
+        (b"1", 200, 0.9, 1),
+        (b"1", 500, 0.1, 1),
+        (b"1", 200, 0.9, None),
+        (b"1", 200, 0.9, None),
+        (b"1", 500, 0.1, None),
+        (b"2", 504, 0.2, None),
+        (b"2", QUEUE_FULL, 0.2, None),
+        (b"", 502, 0.2, None),
+    ]:
+        answer(counts, SPLIT, version, status, seconds, user)
+    answer(counts, FORCED, b"1", 200)
+    (window,) = [event_of(each, "g") for each in closed_of(windows)]
+    none, one, two, forced = (each.users for each in window.versions)
+    assert none is forced is None
+    assert one is not None
+    assert two is not None
+    assert (one.ok, one.server_errors, one.requests) == (2, 2, 4)
+    assert one.latency == {bucket_of(0.9): 3, bucket_of(0.1): 1}
+    assert (two.timeouts, two.shed, two.requests) == (1, 1, 2)
+
+
+@STEADY
+@given(ANSWERS, st.lists(st.sampled_from([None, 1, 2, 3]), min_size=60, max_size=60))
+def test_users_are_the_named_ones_and_each_request_of_anybody_else(
+    answers: list[Answer], users: list[int | None]
+) -> None:
+    windows = Windows(Clock())
+    counts = windows.of(M)
+    counts.sticky = True
+    for each, user in zip(answers, users, strict=False):
+        answer(counts, SPLIT, each.version, each.status, each.seconds, user)
+    told = [version for each in closed_of(windows) for version in event_of(each, "g").versions]
+    for version in (each for each in told if each.version):
+        asked = [user for each, user in zip(answers, users, strict=False) if each.version == b"%d" % version.version]
+        assert version.users is not None
+        named = set(asked) - {None}
+        assert version.users.requests == len(named) + asked.count(None)
+        assert sum(version.users.latency.values()) == version.users.requests
+
+
+def test_users_are_not_told_where_they_are_not_sticky() -> None:
+    windows = Windows(Clock())
+    answer(windows.of(M), SPLIT, b"1", 200)
+    (window,) = [event_of(each, "g") for each in closed_of(windows)]
+    assert window.versions[0].users is None
 
 
 def test_a_window_says_where_each_version_ran() -> None:

@@ -183,6 +183,9 @@ def _merged_versions(windows: Sequence[VersionWindow]) -> VersionWindow:
     if not others:
         return first
     users = [each.users for each in windows if each.users]
+    # Users that are known of a part of the traffic only would hide what befell the rest.
+    if any(each.requests and not each.users for each in windows):
+        users = []
     return VersionWindow(
         version=first.version,
         pool=first.pool,

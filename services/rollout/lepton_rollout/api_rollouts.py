@@ -13,7 +13,7 @@ from lepton_common.types import ModelRef
 
 from lepton_rollout import domain, store, store_facts
 from lepton_rollout.api import Deployer, Reader
-from lepton_rollout.judge import BASELINE_S, baseline, observation, replay
+from lepton_rollout.judge import BASELINE_S, replayed
 from lepton_rollout.serving import ServingTable
 from lepton_rollout.starting import Starter
 from lepton_rollout.steering import Steering
@@ -103,17 +103,14 @@ def _add_story_routes(routes: APIRouter, db: Database) -> None:
             return window_points(await _windows(tx, found))
 
     @routes.post("/{rollout}/replay")
-    async def replayed(rollout: UUID, policy: Policy, by: Reader) -> Replay:
+    async def replay(rollout: UUID, policy: Policy, by: Reader) -> Replay:
         """What its windows would have come to under another policy. The shares were what they were."""
         async with db.transaction() as tx:
             found = await store.get_rollout(tx, by.tenant, rollout)
             seen = await _windows(tx, found)
         started = int(found.started_at.timestamp())
-        before = [observation(each, found.version, found.stable) for each in seen if each.second < started]
-        judged = [each for each in seen if each.second >= started]
-        first = next((each.second for each in judged if _has(each, found.version)), started) - 1
-        steps = replay(judged, found.version, found.stable, policy, first, baseline(before))
-        return replay_view(steps, len(judged))
+        steps = replayed(seen, found.version, found.stable, policy, started)
+        return replay_view(steps, sum(each.second >= started for each in seen))
 
 
 async def _windows(tx: Tx, rollout: domain.Rollout, *, last_s: int | None = None) -> list[WindowClosed]:
@@ -123,9 +120,3 @@ async def _windows(tx: Tx, rollout: domain.Rollout, *, last_s: int | None = None
         return await store_facts.list_windows(tx, rollout.model, int(rollout.started_at.timestamp()) - BASELINE_S, last)
     newest = last or await store_facts.newest_window(tx, rollout.model)
     return await store_facts.list_windows(tx, rollout.model, newest - last_s + 1, last)
-
-
-def _has(window: WindowClosed, version: int) -> bool:
-    """Whether the window holds anything of the version."""
-    shadowed = window.shadow is not None and window.shadow.version == version
-    return shadowed or any(each.version == version and each.requests for each in window.versions)

@@ -13,6 +13,7 @@ from lepton_common.types import ModelRef
 from lepton_rollout import store, store_facts
 from lepton_rollout.domain import Rollout, State
 from lepton_rollout.loading import Loading, judge_loading
+from lepton_rollout.orders import aborted
 from lepton_rollout.record import abandoned, cooled, returned, unrouted, warmed, withdrawn
 from lepton_rollout.serving import Change, Raced, ServingTable
 from lepton_rollout.starting import IMMEDIATE, Starter
@@ -45,12 +46,22 @@ class Commands:
         self._now = now
 
     async def roll_back(self, model: ModelRef, actor: str) -> Rollout:
-        """A rollout brings all traffic back to the previous version, which is warm; every other one gives way.
+        """All traffic goes back: to the stable version when a rollout has moved some of it, which gives up; else a new
+        rollout brings it to the previous version, which is warm, and every other one gives way.
 
         Raises NotFound, and Conflict when there is no previous version.
         """
+        async with self._db.transaction() as tx:
+            open_one = await store.find_open_rollout(tx, model)
+            if open_one and open_one.walk.begun and open_one.outcome is None and not open_one.is_through:
+                after = aborted(open_one, f"rolled back by {actor}")
+                await store.save_rollout(tx, open_one, after)
+                await store.add_decision(tx, after, self._now(), "abort", after.reason, actor, open_one.walk.verdict)
+        if open_one and open_one.walk.begun and not open_one.is_through:
+            self._workers.changed.send()
+            return after if open_one.outcome is None else open_one
         previous = returned(await self._table.get(model))
-        return await self._starter.start(model, previous, actor, _RETURN, force=True)
+        return await self._starter.start(model, previous, actor, _RETURN, force=True, back=True)
 
     async def load(self, model: ModelRef, version: int | None, actor: str) -> Serving:
         """The version is warm, or without one the model serves: its stable version, else its newest.

@@ -135,10 +135,9 @@ def loading(rollout: Rollout, now: datetime) -> Rollout:
     return replace(rollout, state=State.LOADING, load_by=now + (rollout.load_by - rollout.started_at), reason="")
 
 
-def told(rollout: Rollout, serving: Serving, at: datetime) -> Rollout:
+def told(rollout: Rollout, at: datetime) -> Rollout:
     """The workers hear of it only now, as when etcd was away: their time to load the version begins here."""
-    load_by = at + (rollout.load_by - rollout.started_at)
-    return replace(rollout, load_by=load_by, stable=serving.stable)
+    return replace(rollout, load_by=at + (rollout.load_by - rollout.started_at))
 
 
 def shifting(rollout: Rollout, reason: str) -> Rollout:
@@ -174,8 +173,9 @@ def stepped(rollout: Rollout, reason: str) -> Rollout:
 
 
 def again(rollout: Rollout) -> Rollout:
-    """The mesh is to be brought to the stage it is in once more, and what is measured before does not count."""
-    return replace(rollout, walk=replace(rollout.walk, applied=False))
+    """The mesh is to be brought to the stage it is in once more, and it is judged anew: what was measured before, or
+    while somebody else moved the traffic, does not count."""
+    return replace(rollout, walk=replace(rollout.walk, applied=False, evidence=fresh(), verdict=None))
 
 
 def held(rollout: Rollout, reason: str) -> Rollout:
@@ -204,16 +204,25 @@ def finished(rollout: Rollout, serving: Serving, at: datetime) -> Rollout:
 
 def judged(rollout: Rollout, verdict: Verdict) -> Rollout:
     """The rollout after a verdict of ROLL_BACK or HOLD. The policy says what harm leads to."""
-    rollout = replace(rollout, walk=replace(rollout.walk, verdict=verdict))
-    if rollout.walk.held:
+    rollout = replace(rollout, walk=replace(rollout.walk, verdict=verdict, ready=rollout.walk.stage))
+    if verdict.action is Action.ROLL_BACK:
+        return harmed(rollout, verdict.reason)
+    return rollout if rollout.walk.held or rollout.walk.paused else waiting(rollout, verdict.reason)
+
+
+def advised(rollout: Rollout) -> Rollout:
+    """The verdict is advice to who moves the traffic by hand, and wakes nobody: their split is not the stage's."""
+    verdict = rollout.walk.verdict
+    if verdict is None or not verdict.page:
         return rollout
-    match verdict.action:
-        case Action.ROLL_BACK if rollout.policy.on_failure is OnFailure.ROLLBACK:
-            return failing(rollout, verdict.reason, State.ROLLED_BACK)
-        case Action.ROLL_BACK:
-            return held(rollout, f"worse than the stable: {verdict.reason}")
-        case _:
-            return rollout if rollout.walk.paused else waiting(rollout, verdict.reason)
+    return replace(rollout, walk=replace(rollout.walk, verdict=verdict.model_copy(update={"page": False})))
+
+
+def harmed(rollout: Rollout, reason: str) -> Rollout:
+    """The version is worse, and the policy says what follows."""
+    if rollout.policy.on_failure is OnFailure.ROLLBACK:
+        return failing(rollout, reason, State.ROLLED_BACK)
+    return rollout if rollout.walk.held else held(rollout, f"worse than the stable: {reason}")
 
 
 def waiting(rollout: Rollout, reason: str) -> Rollout:

@@ -5,13 +5,15 @@ from dataclasses import asdict, dataclass, field, replace
 from math import ceil, exp
 from typing import Any
 
+import pydantic_core
 from lepton.policies import Policy
 from lepton_common.errors import Invalid
 from lepton_common.events import ShadowWindow, Tally, VersionWindow, WindowClosed
 from lepton_common.sketch import bucket_of, count_above, merged, milliseconds_of, quantile_bucket
+from pydantic import TypeAdapter, ValidationError
 
 from lepton_rollout import trials
-from lepton_rollout.bets import Bet, log_mismatch
+from lepton_rollout.bets import log_mismatch
 from lepton_rollout.policy import Kind, Stage
 from lepton_rollout.trials import ERRORS, NONE, REFUSED, SLOW_P95, SLOW_P99, Counts, Trial
 
@@ -51,10 +53,10 @@ class Recent:
     """A second, for the absolute limits: both versions' errors, and answers above the latency limit."""
 
     second: int
-    candidate: Counts
-    candidate_slow: Counts
-    stable: Counts
-    stable_slow: Counts
+    candidate: Counts = NONE
+    candidate_slow: Counts = NONE
+    stable: Counts = NONE
+    stable_slow: Counts = NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,9 @@ class Evidence:
     recent: tuple[Recent, ...] = ()
 
 
+_STORED = TypeAdapter(Evidence)
+
+
 # --- what was seen ----------------------------------------------------------------------------------------------------
 
 
@@ -96,9 +101,10 @@ def _whole(window: WindowClosed, version: int | None) -> VersionWindow | None:
     for part in parts:
         for name, count in part.counters.items():
             counters[name] = counters.get(name, 0) + count
-    users = [part.users for part in parts if part.users is not None]
+    asked = [part for part in parts if part.requests]
+    users = [part.users for part in asked if part.users is not None]
     # Users that are known of a part of the traffic only would be half a comparison.
-    known = _added(users) if len(users) == len(parts) else None
+    known = _added(users) if users and len(users) == len(asked) else None
     return VersionWindow(version=parts[0].version, users=known, counters=counters, **_added(parts).model_dump())
 
 
@@ -171,6 +177,7 @@ def observe(evidence: Evidence, seen: Observation, stage: Stage, policy: Policy)
     """The evidence after a window. One that is not later than the last changes nothing; silence is only time."""
     if seen.second <= evidence.second:
         return evidence
+    seen = _alike(seen)
     candidate, stable, shadow = seen.candidate, seen.stable, seen.shadow
     after = replace(evidence, second=seen.second)
     if candidate is not None or stable is not None:
@@ -188,6 +195,15 @@ def observe(evidence: Evidence, seen: Observation, stage: Stage, policy: Policy)
     if is_split(stage) and seen.second > evidence.entered + _settling_s(evidence.baseline):
         after = _split(after, candidate, stable, stage, policy)
     return after
+
+
+def _alike(seen: Observation) -> Observation:
+    """The window with the users of both versions, or of neither: users beside requests are no comparison."""
+    both = [each for each in (seen.candidate, seen.stable) if each is not None and each.requests]
+    if len({each.users is None for each in both}) <= 1:
+        return seen
+    ours, theirs = (each and each.model_copy(update={"users": None}) for each in (seen.candidate, seen.stable))
+    return replace(seen, candidate=ours, stable=theirs)
 
 
 def _tried(evidence: Evidence, seen: Observation, stage: Stage, policy: Policy) -> dict[str, Trial]:
@@ -253,8 +269,8 @@ def _split(
     evidence: Evidence, candidate: VersionWindow | None, stable: VersionWindow | None, stage: Stage, policy: Policy
 ) -> Evidence:
     """The evidence after how this window was split."""
-    ours, theirs = _heads(candidate, policy), _heads(stable, policy)
-    if ours is None or theirs is None or ours + theirs == 0:
+    ours, theirs = (0 if each is None else trials.heads(each, policy).requests for each in (candidate, stable))
+    if ours + theirs == 0:
         return evidence
     if not policy.sticky:
         return replace(evidence, split=(evidence.split[0] + ours, evidence.split[1] + theirs))
@@ -262,14 +278,6 @@ def _split(
     count = evidence.split_windows + 1
     seen = exp(min(log_mismatch(ours, theirs, stage.percent / 100), 600.0)) / (count * (count + 1))
     return replace(evidence, split_windows=count, mismatch=min(evidence.mismatch + seen, 1e300))
-
-
-def _heads(window: VersionWindow | None, policy: Policy) -> int | None:
-    if window is None:
-        return 0
-    if not policy.sticky:
-        return window.requests
-    return None if window.users is None else window.users.requests
 
 
 def _recent(evidence: Evidence, seen: Observation, policy: Policy) -> tuple[Recent, ...]:
@@ -295,36 +303,10 @@ def to_json(evidence: Evidence) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> Evidence:
-    """The evidence that `to_json` wrote. Raises Invalid for anything else."""
+    """The evidence that `to_json` wrote, in this release or another: what it does not hold is as at the beginning, what
+    nobody knows any more is left out. Raises Invalid when something in it is of a wrong type."""
     try:
-        known = data["baseline"]
-        return Evidence(
-            **{name: int(data[name]) for name in ("second", "entered", "active", "requests", "split_windows")},
-            shadowed=Counts(**data["shadowed"]),
-            split=(int(data["split"][0]), int(data["split"][1])),
-            mismatch=float(data["mismatch"]),
-            baseline=Baseline(
-                **{name: known[name] for name in ("p95", "p99", "answers", "requests")},
-                errors=Counts(**known["errors"]),
-                refused=Counts(**known["refused"]),
-                counters=tuple((str(name), int(count)) for name, count in known["counters"]),
-            ),
-            trials={str(name): _trial(each) for name, each in data["trials"].items()},
-            recent=tuple(_recent_from(each) for each in data["recent"]),
-        )
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise Invalid(f"this is no evidence of a rollout: {error!r}") from error
-
-
-def _trial(data: Mapping[str, Any]) -> Trial:
-    bets = {name: _bet(data[name]) for name in ("worse", "no_worse", "low", "past")}
-    return Trial(candidate=Counts(**data["candidate"]), stable=Counts(**data["stable"]), **bets)
-
-
-def _bet(data: Mapping[str, Any]) -> Bet:
-    return Bet(tuple(map(float, data["logs"])), int(data["windows"]), float(data["log"]), float(data["peak"]))
-
-
-def _recent_from(data: Mapping[str, Any]) -> Recent:
-    parts = {name: Counts(**data[name]) for name in ("candidate", "candidate_slow", "stable", "stable_slow")}
-    return Recent(second=int(data["second"]), **parts)
+        # Only as JSON do lists pass for tuples where types are strict.
+        return _STORED.validate_json(pydantic_core.to_json(data), strict=True)
+    except (ValidationError, pydantic_core.PydanticSerializationError) as error:
+        raise Invalid(f"this is no evidence of a rollout: {error}") from error

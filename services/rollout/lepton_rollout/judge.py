@@ -48,6 +48,7 @@ __all__ = [
     "observation",
     "observe",
     "replay",
+    "replayed",
     "to_json",
 ]
 
@@ -65,20 +66,23 @@ def judge(evidence: Evidence, stage: Stage, policy: Policy) -> Verdict:
     if stage.kind is Kind.ALL and not stage.bake:
         return Verdict(action=Action.STEP, reason="takes all traffic without judgement", second=evidence.second)
     limits, stable = _limits(evidence, policy)
-    harms = [*_harms(evidence, policy), limits]
-    waits = [stable, *_split(evidence, stage, policy), *_progress(evidence, stage), *_proofs(evidence, stage, policy)]
-    gates = [*harms, *waits]
+    harms = [*_harms(evidence, stage, policy), limits]
+    # Somebody should look when the stable is sick, and when the split did not take effect: so a version looks that
+    # keeps its callers waiting until they leave. Nobody is taken back for it, since it may be the mesh's doing.
+    alarms = [stable, *_split(evidence, stage, policy)]
+    gates = [*harms, *alarms, *_progress(evidence, stage), *_proofs(evidence, stage, policy)]
     failed = next((gate for gate in harms if gate.state is GateState.FAILED), None)
-    waiting = next((gate for gate in gates if gate.state is not GateState.PASSED), None)
+    alarm = next((gate for gate in alarms if gate.state is not GateState.PASSED), None)
+    waiting = alarm or next((gate for gate in gates if gate.state is not GateState.PASSED), None)
     if failed is not None:
         action, reason = Action.ROLL_BACK, failed.detail
     elif waiting is not None:
         action, reason = Action.HOLD, waiting.detail
     else:
         action, reason = Action.STEP, "proven to be no worse" if stage.prove else "no proof of harm"
-    # Somebody should look when the stable is sick, or when the evidence is no number and says nothing.
+    # And somebody should look when the evidence can say nothing: it is no number, or there is nothing to compare with.
     unknown = waiting in harms and waiting is not None and not waiting.numbers
-    page = failed is None and (unknown or waiting is stable)
+    page = failed is None and (unknown or alarm is not None)
     return Verdict(action=action, reason=reason, second=evidence.second, page=page, gates=gates)
 
 
@@ -120,6 +124,22 @@ def replay(
     return said
 
 
+def replayed(
+    windows: Sequence[WindowClosed], candidate: int, stable: int | None, policy: Policy, started: int
+) -> list[tuple[int, Stage, Verdict]]:
+    """What `replay` says of a rollout that started in that second: the windows before it are its baseline, and its
+    first step begins with the first later one that holds anything of the candidate."""
+    before = [observation(each, candidate, stable) for each in windows if each.second < started]
+    judged = [each for each in windows if each.second >= started]
+    first = next((each.second for each in judged if _holds(each, candidate)), started) - 1
+    return replay(judged, candidate, stable, policy, first, baseline(before))
+
+
+def _holds(window: WindowClosed, version: int) -> bool:
+    shadowed = window.shadow is not None and window.shadow.version == version
+    return shadowed or any(each.version == version and each.requests for each in window.versions)
+
+
 def _onward(evidence: Evidence, stage: Stage, second: int, seen: Sequence[Observation]) -> Evidence:
     return entered(evidence, stage, second, baseline(_recent(seen, second)))
 
@@ -135,11 +155,27 @@ def _changed(before: Verdict, now: Verdict) -> bool:
 # --- harm -------------------------------------------------------------------------------------------------------------
 
 
-def _harms(evidence: Evidence, policy: Policy) -> list[Gate]:
+def _harms(evidence: Evidence, stage: Stage, policy: Policy) -> list[Gate]:
     part = trials.level(policy)
     kinds = [*trials.kinds(policy)]
     kinds += [kind for kind in (trials.SHADOW_ERRORS, trials.SHADOW_LABELS) if kind in evidence.trials]
-    return [trials.harm(kind, evidence.trials.get(kind, Trial()), part) for kind in kinds]
+    gates = [trials.harm(kind, evidence.trials.get(kind, Trial()), part) for kind in kinds]
+    if stage.kind is Kind.ALL and not _bounded(evidence, policy):
+        detail = "errors: nothing is known of the stable's, and no limit is set; a person must say"
+        unknown = Gate(name=trials.ERRORS, state=GateState.WAITING, detail=detail)
+        gates = [unknown if _is_open(gate) else gate for gate in gates]
+    return gates
+
+
+def _bounded(evidence: Evidence, policy: Policy) -> bool:
+    """Whether anything says how many errors are too many of a version that has all traffic: the past or a limit. For
+    other kinds there need not be: unknown latencies and refusals are no failures."""
+    past = trials.past_limit(evidence.baseline.errors, policy.judge.errors, trials.level(policy))
+    return past is not None or policy.limits.max_error_ratio is not None
+
+
+def _is_open(gate: Gate) -> bool:
+    return gate.name == trials.ERRORS and gate.state is GateState.PASSED
 
 
 def _limits(evidence: Evidence, policy: Policy) -> tuple[Gate, Gate]:

@@ -61,7 +61,8 @@ def build(
     starter = Starter(db, table, workers, settings.load_timeout_s, now)
     steering = Steering(db, table, workers, starter, now)
     commands = Commands(db, table, workers, starter, settings.load_timeout_s, now)
-    runner = Runner(db, Walker(db, table, workers, now), workers, _holder(settings.instance), now, telemetry.registry)
+    holder = _holder(settings.instance)
+    runner = Runner(db, Walker(db, table, workers, holder, now), workers, holder, now, telemetry.registry)
 
     service = Service("rollout", settings, telemetry, db=db, bus=bus)
     service.on_close(etcd.close)

@@ -5,7 +5,6 @@ from dataclasses import replace
 from lepton_common.errors import Conflict
 
 from lepton_rollout.domain import Rollout, State, again, failing, stepped
-from lepton_rollout.judge import fresh
 
 
 def paused(rollout: Rollout, reason: str) -> Rollout:
@@ -13,7 +12,9 @@ def paused(rollout: Rollout, reason: str) -> Rollout:
     _check_open(rollout)
     if rollout.walk.paused:
         raise Conflict(f"rollout {rollout.id} is paused already: {rollout.walk.waiting_for}")
-    return replace(rollout, walk=replace(rollout.walk, paused=True, waiting_for=f"paused: {reason}"))
+    return replace(
+        rollout, walk=replace(rollout.walk, paused=True, ready=rollout.walk.stage, waiting_for=f"paused: {reason}")
+    )
 
 
 def resumed(rollout: Rollout) -> Rollout:
@@ -23,7 +24,7 @@ def resumed(rollout: Rollout) -> Rollout:
     if not (walk.paused or walk.held):
         raise Conflict(f"rollout {rollout.id} is neither paused nor held: {walk.waiting_for or rollout.state}")
     if walk.held:
-        return again(replace(rollout, walk=replace(walk, paused=False, held="", waiting_for="", evidence=fresh())))
+        return again(replace(rollout, walk=replace(walk, paused=False, held="", waiting_for="")))
     return replace(rollout, walk=replace(walk, paused=False, waiting_for=""))
 
 
@@ -56,3 +57,5 @@ def aborted(rollout: Rollout, reason: str) -> Rollout:
 def _check_open(rollout: Rollout) -> None:
     if rollout.finished_at is not None or rollout.state is State.FAILING:
         raise Conflict(f"rollout {rollout.id} is {rollout.state}: {rollout.reason or 'it is over'}")
+    if rollout.is_through:
+        raise Conflict(f"rollout {rollout.id} is being promoted: `lepton rollback` returns to the version before")

@@ -82,6 +82,11 @@ def taken(serving: Serving, hand: Hand, split: tuple[Share, ...], forwarded: tup
     return _routed(serving, split=split, hand=hand, forwarded=forwarded)
 
 
+def released(serving: Serving) -> Serving:
+    """Nobody's own routes move the traffic any more; its shares are what they came to."""
+    return _routed(serving, split=serving.split)
+
+
 def abandoned(serving: Serving, version: int) -> Serving:
     """A version that has no traffic is no longer held; one that serves, or that one can return to, stays."""
     if version in {serving.stable, serving.previous} | _live(serving):
@@ -95,6 +100,8 @@ def cooled(serving: Serving, version: int) -> Serving:
         raise NotFound(f"version {version} of model {serving.model!r} is not loaded")
     if version in _live(serving):
         raise Conflict(f"version {version} of model {serving.model!r} takes live traffic: deploy another version first")
+    if version == serving.stable and serving.split:
+        raise Conflict(f"version {version} of model {serving.model!r} is where its traffic returns to")
     return _next(serving, versions=_without(serving, version))
 
 

@@ -13,12 +13,9 @@ from prometheus_client import CollectorRegistry, Counter
 from lepton_rollout import store
 from lepton_rollout.domain import Rollout
 from lepton_rollout.story import events, notes
-from lepton_rollout.walker import Walker
+from lepton_rollout.walker import LEASE_S, Walker
 from lepton_rollout.workers import Workers
 
-# How long a rollout waits when its runner dies in the middle of a step. A step reads the record right after its claim
-# and writes only over what it read, so a runner that wakes after its claim ran out cannot undo its successor's work.
-LEASE_S = 10.0
 _LOOK_AGAIN_S = 0.5
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()

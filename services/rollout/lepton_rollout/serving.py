@@ -1,7 +1,7 @@
 """The serving records in etcd and the mesh's routes, kept together: etcd is the truth, the mesh follows."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import structlog
@@ -14,12 +14,18 @@ from lepton_rollout.mesh import Mesh, Stale, virtual_service
 from lepton_rollout.record import unserved
 
 Change = Callable[[Serving], Serving]
+# Raises when the writer has lost its right to write.
+Fence = Callable[[], Awaitable[None]]
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 
 class Raced(Unavailable):
     """The record was changed by someone else between reading and writing. Nothing of this change was written."""
+
+
+async def _unfenced() -> None:
+    """For who needs no right of their own, such as a person's command."""
 
 
 class ServingTable:
@@ -43,9 +49,10 @@ class ServingTable:
         found, _ = await self._etcd.list(f"{SERVING}{tenant}/" if tenant else SERVING)
         return [Serving.model_validate_json(each.value) for each in found]
 
-    async def record(self, model: ModelRef, change: Change) -> Serving:
+    async def record(self, model: ModelRef, change: Change, fence: Fence = _unfenced) -> Serving:
         """The record is changed: workers load and unload by it. The mesh is as it was. Raises Raced."""
         before, revision = await self._read(model)
+        await fence()
         return await self._write(before, change(before), revision)
 
     async def live(self, model: ModelRef) -> tuple[Serving, dict[str, Any], dict[str, Any]]:
@@ -53,7 +60,7 @@ class ServingTable:
         serving, _ = await self._read(model)
         return serving, *await self._mesh.live(serving)
 
-    async def shift(self, model: ModelRef, change: Change) -> Serving:
+    async def shift(self, model: ModelRef, change: Change, fence: Fence = _unfenced) -> Serving:
         """The mesh has acknowledged the changed record's routes, and then the record is changed.
 
         For a change that moves traffic to another version: no worker lets the old one go before the mesh has left it.
@@ -62,6 +69,8 @@ class ServingTable:
         async with self._one_at_a_time:
             before, revision = await self._read(model)
             after = change(before)
+            # After the read, so that whoever takes over from here on changes what was read, and this write fails.
+            await fence()
             try:
                 await self._apply(after)
             except Stale as stale:
@@ -75,14 +84,14 @@ class ServingTable:
                 await self._reapply_one(model)
                 raise
 
-    async def settle(self, model: ModelRef, change: Change) -> Serving:
+    async def settle(self, model: ModelRef, change: Change, fence: Fence = _unfenced) -> Serving:
         """The record is changed, and then the mesh has acknowledged its routes.
 
         For a change that only takes traffic, or a warm version, away or leaves both alone. Raises Raced with nothing
         done, and as Mesh.apply: then `reapply` catches up.
         """
         async with self._one_at_a_time:
-            await self.record(model, change)
+            await self.record(model, change, fence)
             return await self._reapply_one(model)
 
     async def reapply(self) -> None:

@@ -1,7 +1,7 @@
 """How a rollout begins: by which policy, beside which others, and what stands in its way."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from uuid import UUID, uuid4
 
@@ -43,13 +43,15 @@ class Starter:
         policy: Policy | str | None,
         *,
         force: bool = False,
+        back: bool = False,
         together: Sequence[tuple[ModelRef, int]] = (),
     ) -> Rollout:
         """A rollout brings the version to live traffic, with those of `together` in step; or the one that does so
         already is returned.
 
         Raises NotFound, Invalid for a policy that nobody knows, and Conflict while the traffic is moved by hand, while
-        another version must not be disturbed, and for bytes that were taken back before (see `force`).
+        another version must not be disturbed, and for bytes that were taken back before (see `force`), unless it goes
+        `back` to what served before.
         """
         members = ((model, version), *together)
         if len({each for each, _ in members}) < len(members):
@@ -59,22 +61,23 @@ class Starter:
                 raise Conflict(
                     f"the traffic of model {each.model!r} is moved by hand ({hand.by}): `lepton mesh release` ends that"
                 )
-        group = uuid4() if together else None
         async with self._db.transaction() as tx:
             chosen = await chosen_policy(tx, model, policy)
-            started = [await self._start_one(tx, each, number, chosen, actor, force, group) for each, number in members]
+            wanted = _Wanted(chosen, actor, force=force, back=back, group=uuid4() if together else None)
+            # In one order, so that two groups that meet do not wait for each other for ever.
+            started = {each: await self._start_one(tx, each, number, wanted) for each, number in sorted(members)}
         self._workers.changed.send()
-        return started[0]
+        return started[model]
 
-    async def _start_one(
-        self, tx: Tx, model: ModelRef, version: int, policy: Policy, actor: str, force: bool, group: UUID | None
-    ) -> Rollout:
+    async def _start_one(self, tx: Tx, model: ModelRef, version: int, wanted: "_Wanted") -> Rollout:
         assigned = await store_facts.get_version(tx, model, version)
-        if policy.pool:
-            assigned = assigned.model_copy(update={"pool": policy.pool})
-        await self._check_bytes(tx, model, assigned, force=force)
-        rollout = new_rollout(uuid4(), model, assigned, actor, self._now(), self._load_timeout_s, policy, group)
-        return await start_rollout(tx, rollout, force=force)
+        if wanted.policy.pool:
+            assigned = assigned.model_copy(update={"pool": wanted.policy.pool})
+        if not wanted.back:
+            await self._check_bytes(tx, model, assigned, force=wanted.force)
+        rollout = new_rollout(uuid4(), model, assigned, wanted.actor, self._now(), self._load_timeout_s)
+        rollout = replace(rollout, policy=wanted.policy, group=wanted.group)
+        return await start_rollout(tx, rollout, force=wanted.force)
 
     async def _check_bytes(self, tx: Tx, model: ModelRef, assigned: Assigned, *, force: bool) -> None:
         """Raises Conflict for bytes that were worse than the stable, until somebody insists and time has passed."""
@@ -90,6 +93,17 @@ class Starter:
         ends_at = before.finished_at + timedelta(seconds=before.policy.cool_down_s)
         if self._now() < ends_at:
             raise Conflict(f"{told}: not before {ends_at:%H:%M:%S %Z}, its cool-down, not even with force")
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What the rollouts of one call have in common."""
+
+    policy: Policy
+    actor: str
+    force: bool
+    back: bool
+    group: UUID | None
 
 
 async def chosen_policy(tx: Tx, model: ModelRef, wanted: Policy | str | None) -> Policy:
@@ -119,6 +133,8 @@ async def start_rollout(tx: Tx, rollout: Rollout, *, force: bool = False) -> Rol
             continue  # Another began between the two statements.
         for each in (open_one, *queued):
             if each and each.version == rollout.version and each.state is not State.FAILING:
+                if rollout.group is not None and each.group != rollout.group:
+                    raise Conflict(f"version {each.version} of model {each.model.model!r} is on its way by itself")
                 return each
         rollout = replace(rollout, state=State.QUEUED)
         await _make_way(tx, open_one, queued, rollout, force=force)
@@ -152,7 +168,8 @@ async def _make_way(
     if newer.policy.on_newer is OnNewer.QUEUE:
         return
     reason = f"superseded by version {newer.version} ({newer.actor})"
-    if open_one is not None and open_one.outcome is None:
+    # One that is being promoted comes to its end first: the newer one waits behind it.
+    if open_one is not None and open_one.outcome is None and not open_one.is_through:
         await store.save_rollout(tx, open_one, aborted(open_one, reason))
     for each in queued:
         # It never began, so there is nothing to take back.
@@ -163,15 +180,8 @@ async def _make_way(
 
 
 def new_rollout(
-    rollout_id: UUID,
-    model: ModelRef,
-    assigned: Assigned,
-    actor: str,
-    now: datetime,
-    load_timeout_s: float,
-    policy: Policy = IMMEDIATE,
-    group: UUID | None = None,
+    rollout_id: UUID, model: ModelRef, assigned: Assigned, actor: str, now: datetime, load_timeout_s: float
 ) -> Rollout:
-    """A rollout that has that long to get its version onto the workers."""
+    """An immediate rollout that has that long to get its version onto the workers."""
     load_by = now + timedelta(seconds=load_timeout_s)
-    return Rollout(rollout_id, model, assigned, policy, actor, started_at=now, load_by=load_by, group=group)
+    return Rollout(rollout_id, model, assigned, IMMEDIATE, actor, started_at=now, load_by=load_by)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
+import stamina
 import structlog
 from lepton_common.db import Database
 from lepton_common.errors import Conflict, Invalid, NotFound
@@ -17,8 +18,8 @@ from lepton_rollout import istio, store
 from lepton_rollout.domain import Rollout, State, again, finished
 from lepton_rollout.mesh import Mesh
 from lepton_rollout.orders import aborted, advanced, approved, paused, resumed
-from lepton_rollout.record import settled, staged, taken, unserved
-from lepton_rollout.serving import ServingTable
+from lepton_rollout.record import released, settled, taken, unserved
+from lepton_rollout.serving import Change, Raced, ServingTable
 from lepton_rollout.starting import Starter
 from lepton_rollout.story import events
 from lepton_rollout.workers import Workers
@@ -90,7 +91,7 @@ class Steering:
             before = await store.lock_rollout(tx, tenant, rollout)
             after = change(before)
             await store.save_rollout(tx, before, after)
-            await store.add_decision(tx, after, now, command, reason, actor)
+            await store.add_decision(tx, after, now, command, reason, actor, before.walk.verdict)
             await tx.emit(
                 RolloutSteered(
                     tenant=tenant,
@@ -118,7 +119,7 @@ class Steering:
         """
         hand = self._hand(await self._served(model), actor, document)
         await self._tell(model, hand, reason)
-        after = await self._table.shift(model, lambda before: _taken(before, hand))
+        after = await self._shift(model, lambda before: _taken(before, hand))
         self._workers.changed.send()
         return after
 
@@ -146,18 +147,18 @@ class Steering:
         async with self._db.transaction() as tx:
             rollout = await store.find_open_rollout(tx, model)
             await tx.emit(MeshReturned(tenant=model.tenant, model=model.model, actor=actor))
-            if rollout is not None:
+            walks = rollout is not None and rollout.state is State.SHIFTING
+            if rollout is not None and walks:
                 await store.add_decision(tx, rollout, self._now(), "returned", "the hand is off the wheel", actor)
                 await store.save_rollout(tx, rollout, again(rollout))
-
-        def change(before: Serving) -> Serving:
-            if rollout is None or rollout.state is not State.SHIFTING:
-                return settled(before)
-            return staged(before, rollout.version, rollout.stage, rollout.policy, str(rollout.id))
-
-        after = await self._table.shift(model, change)
+        # A rollout enters its stage by itself; until then the shares are what the hand had.
+        after = await self._shift(model, released if walks else settled)
         self._workers.changed.send()
         return after
+
+    @stamina.retry(on=Raced, attempts=5, wait_initial=0.01, wait_max=0.1)
+    async def _shift(self, model: ModelRef, change: Change) -> Serving:
+        return await self._table.shift(model, change)
 
     async def follow(self, mesh: Mesh) -> None:
         """For ever: what somebody changes in the mesh itself counts as taking over by hand, or is undone when it cannot

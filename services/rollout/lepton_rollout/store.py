@@ -119,6 +119,18 @@ async def claim_rollout(tx: Tx, rollout: UUID, holder: UUID, lease_s: float) -> 
     return _rollout(row) if row else None
 
 
+async def renew_claim(tx: Tx, rollout: Rollout, holder: UUID, lease_s: float) -> bool:
+    """Whether the rollout is still the holder's, and as it was read; then it is for `lease_s` seconds from now."""
+    result = await tx.execute(
+        """
+        UPDATE rollouts SET held_until = clock_timestamp() + make_interval(secs => :lease_s)
+        WHERE id = :id AND holder = :holder AND revision = :revision AND finished_at IS NULL
+        """,
+        {"id": rollout.id, "holder": holder, "revision": rollout.revision, "lease_s": lease_s},
+    )
+    return result.rowcount == 1
+
+
 async def release_rollout(tx: Tx, rollout: UUID, holder: UUID) -> None:
     """The rollout is nobody's, if it was the holder's."""
     await tx.execute(

@@ -152,6 +152,12 @@ def slow_above(p_bucket: int, judge: Judging) -> int:
     return bucket_of(milliseconds_of(p_bucket) / 1e3 * (1 + judge.slack))
 
 
+def heads(window: VersionWindow, policy: Policy) -> Tally:
+    """Who is counted: with sticky users the users, because the requests of one hang together, and the user is what was
+    chosen by chance; else, or where nobody told of users, the requests."""
+    return window.users if policy.sticky and window.users is not None else window
+
+
 def counted(kind: str, window: VersionWindow | None, policy: Policy, percentile: int | None) -> Counts | None:
     """The window's bad answers of this kind; `percentile` is the bucket that slow is measured by. None: not known."""
     if window is None:
@@ -160,10 +166,7 @@ def counted(kind: str, window: VersionWindow | None, policy: Policy, percentile:
         # Occurrences of one request cannot be told from those of many: a request counts at most once.
         requests = judged(window)
         return Counts(min(window.counters.get(kind.removeprefix("counter_"), 0), requests), requests)
-    # With sticky users the requests of one user hang together, and the user is what was chosen by chance.
-    tally: Tally | None = window.users if policy.sticky else window
-    if tally is None:
-        return None
+    tally = heads(window, policy)
     if kind == ERRORS:
         return Counts(tally.errors, judged(tally))
     if kind == REFUSED:

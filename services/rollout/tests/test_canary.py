@@ -225,6 +225,21 @@ async def test_a_person_may_promote_past_what_is_left(
     assert done["reason"].startswith("promoted by ann") or done["state"] == "promoted"
 
 
+async def test_a_rollback_takes_back_what_a_rollout_has_moved(
+    lab: Lab, rollout: httpx.AsyncClient, start: Start, model: ModelRef
+) -> None:
+    async with lab.measured(model):
+        started = await start(dwell_s=100_000)
+        await until(rollout, started, lambda now: now["percent"] == 10)
+        answer = await rollout.post(f"/v1/serving/{model.model}/rollback")
+        done = await lab.ended(rollout, started)
+    served = await lab.serving(model)
+
+    assert (answer.status_code, answer.json()["id"]) == (202, started["id"])
+    assert (done["state"], done["reason"]) == ("aborted", "rolled back by ann")
+    assert (served.stable, [(share.version, share.percent) for share in served.split]) == (1, [(1, 100)])
+
+
 async def test_nothing_starts_in_a_freeze(lab: Lab, rollout: httpx.AsyncClient, start: Start, model: ModelRef) -> None:
     now = datetime.now(UTC)
     freeze = {

@@ -121,10 +121,27 @@ def test_harm_takes_the_traffic_back_unless_the_policy_holds() -> None:
         assert (after.state, after.walk.held) == (State.SHIFTING, "worse than the stable: more errors")
 
 
-def test_what_is_held_stays_held_whatever_the_judge_says() -> None:
+def test_what_is_held_stays_held_until_there_is_harm() -> None:
     before = held(walking(), "somebody look")
     after = judged(before, verdict(Action.HOLD, "all is well"))
     assert (after.walk.held, after.walk.waiting_for) == ("somebody look", "somebody look")
+    assert judged(before, verdict(Action.ROLL_BACK, "more errors")).outcome is State.ROLLED_BACK
+    frozen = held(walking(Policy(on_failure=OnFailure.FREEZE)), "somebody look")
+    assert judged(frozen, verdict(Action.ROLL_BACK, "more errors")).walk.held == "somebody look"
+
+
+def test_a_member_that_looks_worse_holds_its_group_up_again() -> None:
+    other = ready(walking())
+    assert laggard(walking(), [other]) is None
+    assert laggard(walking(), [judged(other, verdict(Action.HOLD, "looks worse"))]) is not None
+    assert laggard(walking(), [paused(other, "lunch")]) is not None
+
+
+def test_what_is_being_promoted_takes_no_orders() -> None:
+    through = stepped(walking(stage=2), "no proof of harm")
+    assert through.is_through
+    with pytest.raises(Conflict, match="is being promoted"):
+        aborted(through, "too late")
 
 
 def test_a_verdict_is_news_when_its_action_or_a_gate_changes() -> None:

@@ -25,6 +25,7 @@ from lepton_rollout.judge import (
     observation,
     observe,
     replay,
+    replayed,
     to_json,
 )
 from lepton_rollout.policy import Kind, Stage, stages
@@ -242,9 +243,34 @@ def test_times_that_are_somewhat_worse_are_not_blamed_on_the_version() -> None:
     assert seconds_until(Action.STEP, lambda at: alone(at, 100, 2, slow=3), BAKE) == 10
 
 
-def test_without_a_past_nothing_is_compared_with_it() -> None:
-    found = verdict((alone(BEGIN + at, 100, 50) for at in range(1, 20)), BAKE, known=Baseline())
-    assert found.action is Action.STEP
+@pytest.mark.parametrize("errors", [0, 50])
+def test_without_a_past_nobody_can_say_how_many_errors_are_too_many_so_a_person_must(errors: int) -> None:
+    found = verdict((alone(BEGIN + at, 100, errors) for at in range(1, 20)), BAKE, known=Baseline())
+    assert (found.action, found.page) == (Action.HOLD, True)
+    assert found.reason == "errors: nothing is known of the stable's, and no limit is set; a person must say"
+    assert [each.name for each in found.gates if each.state is not GateState.PASSED] == ["errors"]
+
+
+def test_without_a_past_a_limit_of_errors_is_enough() -> None:
+    policy = limited(max_error_ratio=0.05)
+    windows = [[alone(BEGIN + at, 100, errors) for at in range(1, 20)] for errors in (0, 50)]
+    found = [verdict(each, BAKE, policy, known=Baseline()).action for each in windows]
+    assert found == [Action.STEP, Action.ROLL_BACK]
+
+
+def test_without_a_past_latencies_need_none() -> None:
+    few = baseline([Observation(1, stable=arm(STABLE, 50))])
+    assert few.p95 is None
+    assert verdict((alone(BEGIN + at, 100, 0, slow=60) for at in range(1, 20)), BAKE, known=few).action is Action.STEP
+
+
+def test_what_takes_over_from_an_idle_stable_is_not_promoted_by_the_judge() -> None:
+    policy = Policy(strategy=Strategy.BLUE_GREEN, dwell_s=5, bake_s=5, min_requests=10)
+    idle = [closed(BEGIN + at) for at in range(1, 7)]
+    windows = [*idle, *(closed(BEGIN + at, arm(CANDIDATE, 100)) for at in range(7, 600))]
+    said = replay(windows, CANDIDATE, STABLE, policy, BEGIN, Baseline())
+    assert [found.action for _, stage, found in said if stage.kind is Kind.SPLIT][-1] is Action.STEP
+    assert {found.action for _, stage, found in said if stage.kind is Kind.ALL} == {Action.HOLD}
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
@@ -294,9 +320,23 @@ def test_without_limits_a_stable_that_breaks_down_is_noticed_by_its_past() -> No
 
 
 @pytest.mark.parametrize("ours", [0, 1, 40])
-def test_a_split_that_did_not_take_effect_is_noticed(ours: int) -> None:
+def test_a_split_that_did_not_take_effect_is_noticed_and_somebody_is_called(ours: int) -> None:
     found = verdict(second(BEGIN + at, ours=(ours, 0)) for at in range(1, 30))
-    assert (found.action, found.reason) == (Action.HOLD, "the split did not take effect")
+    assert (found.action, found.reason, found.page) == (Action.HOLD, "the split did not take effect", True)
+
+
+def test_a_version_that_stops_to_answer_is_noticed_by_its_share_before_it_looks_worse() -> None:
+    leaving = [second(BEGIN + 10 + at, ours=(0, 0)) for at in range(1, 60)]
+    found = verdict([*good(10), *leaving])
+    assert (found.action, found.reason, found.page) == (Action.HOLD, "the split did not take effect", True)
+
+
+def test_somebody_is_called_for_the_split_while_other_things_are_waited_for_as_well() -> None:
+    # Its errors look worse, but that is not proven.
+    windows = [second(BEGIN + at, ours=(1, 1)) for at in range(1, 4)]
+    found = verdict([*windows, *(second(BEGIN + at, ours=(0, 0)) for at in range(4, 90))])
+    assert gate(found, "errors").state is GateState.WAITING
+    assert (found.action, found.reason, found.page) == (Action.HOLD, "the split did not take effect", True)
 
 
 def test_harm_is_proven_whatever_the_split_is() -> None:
@@ -362,9 +402,72 @@ def test_the_same_users_again_are_no_new_evidence_against_the_split() -> None:
     assert gate(verdict(wrong, policy=policy), "split").state is GateState.WAITING
 
 
-def test_sticky_users_that_are_not_counted_prove_nothing() -> None:
-    policy = Policy(sticky="x-user")
-    assert verdict(good(300), PROVING, policy).action is Action.HOLD
+def anonymous(at: int, ours: tuple[int, int], theirs: tuple[int, int], named: int = 0) -> Observation:
+    """A second of (requests, errors) by callers who are users of their own, and so many named users of each version
+    who ask ten times."""
+    (of, bad), (their_of, their_bad) = ours, theirs
+    users = (
+        Tally(ok=of - bad + named, server_errors=bad, latency={FAST: of + named}),
+        Tally(ok=their_of - their_bad + named, server_errors=their_bad, latency={FAST: their_of + named}),
+    )
+    return Observation(
+        at,
+        arm(CANDIDATE, of + 10 * named, bad, users=users[0]),
+        arm(STABLE, their_of + 10 * named, their_bad, users=users[1]),
+    )
+
+
+STICKY = Policy(sticky="x-user")
+
+
+@pytest.mark.parametrize("named", [0, 1])
+def test_errors_of_callers_who_do_not_say_who_they_are_count_where_users_are_sticky(named: int) -> None:
+    windows = [anonymous(BEGIN + at, (10, 10), (90, 0), named) for at in range(1, 6)]
+    assert verdict(windows, policy=STICKY).action is Action.ROLL_BACK
+    assert after(windows, policy=STICKY).trials[ERRORS].candidate == Counts(50, 50 + 5 * named)
+
+
+def test_where_nobody_told_of_users_the_requests_count() -> None:
+    windows = [second(BEGIN + at, ours=(10, 10)) for at in range(1, 6)]
+    assert verdict(windows, policy=STICKY).action is Action.ROLL_BACK
+    assert verdict(good(300), PROVING, STICKY).action is Action.STEP
+    wrong = (second(BEGIN + at, ours=(0, 0), theirs=(500, 0)) for at in range(1, 5))
+    assert gate(verdict(wrong, policy=STICKY), "split").state is GateState.WAITING
+
+
+def test_users_are_those_of_all_pools_or_not_known() -> None:
+    some, more = Tally(ok=3, latency={FAST: 3}), Tally(ok=2, server_errors=1, latency={FAST: 3})
+    counters = VersionWindow(version=CANDIDATE, counters={"refusals": 1})
+    parts = [arm(CANDIDATE, 10, users=some, pool="cpu"), arm(CANDIDATE, 20, users=more, pool="gpu"), counters]
+    seen = observation(closed(7, *parts), CANDIDATE, STABLE).candidate
+    assert seen is not None
+    assert seen.users == Tally(ok=5, server_errors=1, latency={FAST: 6})
+    seen = observation(closed(7, *parts, arm(CANDIDATE, 1, pool="tpu")), CANDIDATE, STABLE).candidate
+    assert seen is not None
+    assert seen.users is None
+
+
+def test_users_of_one_version_are_not_compared_with_requests_of_the_other() -> None:
+    ours = arm(CANDIDATE, 100, users=Tally(server_errors=2, ok=8, latency={FAST: 10}))
+    windows = [Observation(BEGIN + at, ours, arm(STABLE, 900)) for at in range(1, 30)]
+    evidence = after(windows, policy=STICKY)
+    assert evidence.trials[ERRORS].candidate == Counts(0, 29 * 100)
+    assert gate(judge(evidence, SPLIT, STICKY), "split").state is GateState.PASSED
+
+
+def test_a_split_of_callers_who_do_not_say_who_they_are_is_rarely_called_a_mismatch() -> None:
+    rng, alarms = np.random.default_rng(17), 0
+    for _ in range(100):
+        evidence = after([], policy=STICKY)
+        # Each named user is on one version for good; the others are split anew every time.
+        named = int(rng.binomial(20, 0.1))
+        for at in range(1, 41):
+            ours = int(rng.binomial(80, 0.1))
+            users = (ours + named, 100 - ours - named)
+            window = sticky(BEGIN + at, *(Tally(ok=each, latency={FAST: each}) for each in users))
+            evidence = observe(evidence, window, SPLIT, STICKY)
+        alarms += gate(judge(evidence, SPLIT, STICKY), "split").state is not GateState.PASSED
+    assert alarms <= 1 + 3
 
 
 # --- shadows ----------------------------------------------------------------------------------------------------------
@@ -488,12 +591,56 @@ def test_evidence_survives_json(windows: list[Observation]) -> None:
     assert from_json(json.loads(json.dumps(to_json(evidence), allow_nan=False))) == evidence
 
 
-@pytest.mark.parametrize(
-    "data", [{}, {"second": 1}, to_json(fresh()) | {"trials": 3}, to_json(fresh()) | {"second": None}]
-)
-def test_what_is_no_evidence_is_refused(data: dict[str, object]) -> None:
+def test_evidence_of_another_release_keeps_what_it_knows() -> None:
+    limits = Policy(limits=Limits(max_error_ratio=0.5))
+    evidence = after([second(BEGIN + at, ours=(10, at % 2)) for at in range(1, 9)], policy=limits)
+    stored = json.loads(json.dumps(to_json(evidence)))
+    # As before requests that were refused, splits of users, and the time before were counted.
+    for where, name in [
+        (stored["baseline"], "refused"),
+        (stored, "mismatch"),
+        (stored["trials"], "refused"),
+        *((each, "past") for each in stored["trials"].values() if "past" in each),
+        *((each, "stable_slow") for each in stored["recent"]),
+    ]:
+        del where[name]
+    assert from_json(stored) == replace(
+        evidence,
+        baseline=replace(evidence.baseline, refused=Counts()),
+        trials={name: each for name, each in evidence.trials.items() if name != "refused"},
+    )
+    # As after something was counted that is not yet.
+    for where in (stored, stored["baseline"], stored["trials"][ERRORS], stored["trials"][ERRORS]["worse"]):
+        where["dreams"] = {"sheep": 3}
+    assert from_json(stored).trials[ERRORS] == evidence.trials[ERRORS]
+    assert from_json({}) == fresh()
+
+
+# A database that keeps JSON's numbers as decimals writes large ones without a point.
+def test_large_numbers_of_stored_evidence_may_lack_their_point() -> None:
+    evidence = replace(fresh(), mismatch=1e300)
+    assert from_json(to_json(evidence) | {"mismatch": 10**300}) == evidence
+
+
+WRONG: list[dict[str, object]] = [
+    {"trials": 3},
+    {"second": None},
+    {"second": "1"},
+    {"second": 1.5},
+    {"split": [1]},
+    {"split": {"0": 1}},
+    {"baseline": None},
+    {"baseline": {"refused": 3}},
+    {"trials": {"errors": {"worse": {"logs": "0.5"}}}},
+    {"trials": {"errors": {"candidate": {"bad": True}}}},
+    {"recent": [{"candidate": {}}]},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_what_is_no_evidence_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(Invalid, match="no evidence of a rollout"):
-        from_json(data)
+        from_json(to_json(fresh()) | wrong)
 
 
 BROKEN = Bet((nan,) * 10, 5, nan, nan)
@@ -579,6 +726,27 @@ def test_a_replay_ends_when_its_policy_takes_the_version_back() -> None:
 
 def test_a_replay_of_nothing_says_nothing() -> None:
     assert replay([], CANDIDATE, STABLE, Policy(), BEGIN, BEFORE) == []
+    assert replayed([], CANDIDATE, STABLE, Policy(), BEGIN) == []
+
+
+def test_a_rollout_is_replayed_by_the_seconds_before_it_and_from_the_candidates_first_on() -> None:
+    before = [closed(BEGIN - 200 + at, arm(STABLE, 100, at % 2)) for at in range(200)]
+    loading = [closed(BEGIN + at, arm(STABLE, 100), arm(CANDIDATE, 0)) for at in range(30)]
+    shadowed = closed(BEGIN + 30, arm(STABLE, 100), shadow=ShadowWindow(version=CANDIDATE, agreed=9))
+    both = [closed(BEGIN + 30 + at, arm(CANDIDATE, 10), arm(STABLE, 90)) for at in range(1, 60)]
+    past = baseline([observation(each, CANDIDATE, STABLE) for each in before])
+    quick = Policy(steps=[10.0], dwell_s=20, min_requests=20)
+    for judged, first in ((both, BEGIN + 30), ([shadowed, *both], BEGIN + 29)):
+        after_start = [*loading, *judged]
+        said = replayed([*before, *after_start], CANDIDATE, STABLE, quick, BEGIN)
+        assert said == replay(after_start, CANDIDATE, STABLE, quick, first, past)
+        assert said[0][0] == first + 1
+
+
+def test_what_never_had_its_candidate_is_replayed_from_its_start() -> None:
+    windows = [closed(BEGIN + at, arm(STABLE, 100)) for at in range(5)]
+    said = replayed(windows, CANDIDATE, STABLE, Policy(), BEGIN)
+    assert [each[0] for each in said] == [BEGIN, BEGIN + 4]
 
 
 def test_a_trial_without_windows_is_no_evidence() -> None:

@@ -1,15 +1,18 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lepton.policies import Policy
 from lepton_common.errors import Conflict, NotFound
 from lepton_common.records import Serving, Share
 from lepton_common.types import ModelRef
+from lepton_rollout.policy import Kind, Stage
 from lepton_rollout.record import (
     TOTAL_WEIGHT,
     abandoned,
     cooled,
     promoted,
     returned,
+    staged,
     unserved,
     warmed,
     weights,
@@ -97,6 +100,13 @@ def test_only_a_version_without_traffic_is_cooled() -> None:
         cooled(serving, 2)
     with pytest.raises(NotFound):
         cooled(serving, 3)
+
+
+def test_the_version_that_traffic_returns_to_is_not_cooled() -> None:
+    baking = staged(warmed(deployed(1), assigned(2)), 2, Stage(2, Kind.ALL, 100.0, bake=True), Policy(), "salt")
+    assert split(baking) == {2: 100}
+    with pytest.raises(Conflict, match="returns to"):
+        cooled(baking, 1)
 
 
 def test_a_withdrawn_model_remembers_what_to_restore() -> None:

@@ -9,14 +9,14 @@ from lepton_common.etcd import EtcdClient
 from lepton_common.records import SERVING, Loaded, LoadState, Serving, WorkerState
 from lepton_common.types import ModelRef
 from lepton_rollout import store, store_facts
-from lepton_rollout.domain import Rollout, State, failing, shifting
+from lepton_rollout.domain import Rollout, State, failing, shifting, stepped
 from lepton_rollout.mesh import virtual_service
 from lepton_rollout.orders import aborted
 from lepton_rollout.record import warmed
-from lepton_rollout.runner import LEASE_S, Runner
-from lepton_rollout.serving import ServingTable
+from lepton_rollout.runner import Runner
+from lepton_rollout.serving import Raced, ServingTable
 from lepton_rollout.starting import new_rollout, start_rollout
-from lepton_rollout.walker import Walker
+from lepton_rollout.walker import LEASE_S, Walker
 from lepton_rollout.workers import Workers
 from prometheus_client import CollectorRegistry
 
@@ -51,7 +51,10 @@ def workers(etcd: EtcdClient) -> KnownWorkers:
 
 
 def runner(db: Database, table: ServingTable, workers: Workers, now: datetime = NOW) -> Runner:
-    return Runner(db, Walker(db, table, workers, lambda: now), workers, uuid4(), lambda: now, CollectorRegistry())
+    holder = uuid4()
+    return Runner(
+        db, Walker(db, table, workers, holder, lambda: now), workers, holder, lambda: now, CollectorRegistry()
+    )
 
 
 async def started(db: Database, model: ModelRef, version: int) -> UUID:
@@ -208,6 +211,34 @@ async def test_a_record_that_cannot_be_read_holds_up_no_other_model(
 
     assert (await found(db, model, rollout)).state is State.PROMOTED
     assert (await found(db, other, damaged)).state is State.LOADING
+
+
+async def test_a_runner_that_wakes_after_its_claim_ran_out_moves_no_traffic(
+    db: Database, table: ServingTable, workers: KnownWorkers, scripted_mesh: ScriptedMesh, model: ModelRef
+) -> None:
+    await started(db, model, 1)
+    await runner(db, table, workers).look()
+    rollout, sleeper = await started(db, model, 2), uuid4()
+    async with db.transaction() as tx:
+        claimed = await store.claim_rollout(tx, rollout, sleeper, LEASE_S)
+        assert claimed is not None
+        await tx.execute("UPDATE rollouts SET held_until = now() - interval '1 second'")
+    # It means to promote; meanwhile another one takes over, and the rollout is given up.
+    meant = stepped(shifting(claimed, "ready"), "as good")
+    async with db.transaction() as tx:
+        taken = await store.claim_rollout(tx, rollout, uuid4(), LEASE_S)
+        assert taken is not None
+        await store.save_rollout(tx, taken, aborted(taken, "worse"))
+        await tx.execute("UPDATE rollouts SET held_until = now() - interval '1 second'")
+    await runner(db, table, workers).look()
+    before, applied = await table.get(model), len(scripted_mesh.applied)
+
+    with pytest.raises(Raced):
+        await Walker(db, table, workers, sleeper, lambda: NOW).step(meant)
+
+    assert await table.get(model) == before
+    assert len(scripted_mesh.applied) == applied
+    assert before.stable == 1
 
 
 async def test_failing_waits_for_nothing_but_ends_only_when_the_version_is_off_the_record(
