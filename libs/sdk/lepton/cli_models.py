@@ -8,7 +8,6 @@ from rich.markup import escape
 
 from lepton.connect import connect
 from lepton.render import Json, console, print_json, progress_bars, show, size
-from lepton.rollouts import RolloutState
 
 commands = typer.Typer()
 _PANEL = "Models"
@@ -121,8 +120,8 @@ def rollback(ctx: typer.Context, model: Name, wait: Wait = True, timeout: Timeou
     if json:
         print_json(rollout)
     else:
-        ends_here = rollout.state in (RolloutState.SHIFTING, RolloutState.LOADING, RolloutState.PROMOTED)
-        back_at = rollout.version if ends_here else rollout.stable
+        # A canary that gave up went back to the stable; else the rollout itself brought the version before.
+        back_at = rollout.stable if rollout.state.value in ("failing", "aborted", "rolled_back") else rollout.version
         console.print(f"{model} {'is' if wait else 'is on its way'} back at version {back_at}.")
 
 

@@ -30,7 +30,7 @@ from .lab import Lab
 from .stand_ins import infer
 from .test_main import process, registered
 
-# 200 were run for the record; the figure is in the README.
+# How many instants; more of them by hand.
 KILLS = int(os.environ.get("LEPTON_KILLS", "12"))
 MODELS = [ModelRef("default", f"model-{number}") for number in range(6)]
 # A canary of some five seconds.
