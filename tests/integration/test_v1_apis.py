@@ -58,8 +58,8 @@ SERVICES = {
 }
 OPERATIONS = [(service, label) for service, labels in SERVICES.items() for label in sorted(labels)]
 
-# Wrong, but no schema can say so: a digest that the body does not have, an expiry in the past, steps that do not grow, an
-# Istio feature that is refused, a time span that ends before it begins.
+# Wrong, but no schema can say so: a digest that the body does not have, an expiry in the past, steps that do not grow,
+# an Istio feature that is refused, a time span that ends before it begins.
 WRONG_BEYOND_SCHEMA = {
     "PUT /v1/artifacts/{sha256}",
     "POST /v1/keys",
