@@ -114,7 +114,7 @@ async def _gateway(settings: Settings, windows: Windows) -> AsyncIterator[int]:
     service = build(settings, configure("gateway", settings, CollectorRegistry()), EtcdClient(settings.etcd), windows)
     stop = asyncio.Event()
     running = asyncio.create_task(service.run(stop))
-    while not service.readiness.started:  # noqa: ASYNC110
+    while not service.readiness.started:  # noqa: ASYNC110 - readiness tells nobody that it changed
         await asyncio.sleep(0.01)
     try:
         yield settings.port

@@ -48,7 +48,7 @@ async def serving(recipe: Recipe) -> AsyncIterator[Process]:
 async def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
     """The condition holds. For what tells nobody that it changed; where an event can be awaited, await that."""
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110
+        while not condition():  # noqa: ASYNC110 - see above: there is no event to await
             await asyncio.sleep(0.01)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,6 +16,7 @@ from lepton_rollout.mesh_envoy import EnvoyMesh
 from lepton_rollout.serving import ServingTable
 from lepton_rollout.settings import Settings
 
+from .canaries import QUICK, Start
 from .lab import Lab
 from .scripted_mesh import ScriptedMesh
 from .stand_ins import StandIn, StartWorker
@@ -89,3 +91,25 @@ def scripted_mesh() -> ScriptedMesh:
 @pytest.fixture
 def table(etcd: EtcdClient, scripted_mesh: ScriptedMesh) -> ServingTable:
     return ServingTable(etcd, scripted_mesh)
+
+
+@pytest.fixture
+async def rollout(lab: Lab, model: ModelRef) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a service with one worker, where version 1 of the model serves."""
+    await lab.worker("a")
+    async with lab.service() as client:
+        await lab.register(model, 1, 2, 3)
+        await lab.deploy(client, model, 1)
+        yield client
+
+
+@pytest.fixture
+def start(rollout: httpx.AsyncClient, model: ModelRef) -> Start:
+    async def start(version: int = 2, *, more: dict[str, Any] | None = None, **policy: Any) -> dict[str, Any]:
+        body = {"model": model.model, "version": version, "policy": {**QUICK, **policy}, **(more or {})}
+        answer = await rollout.post("/v1/rollouts", json=body)
+        assert answer.status_code == 202, answer.text
+        started: dict[str, Any] = answer.json()
+        return started
+
+    return start

@@ -12,10 +12,10 @@ from lepton_common.types import ModelRef
 from lepton_rollout.kubernetes import Cluster, Kubernetes
 from lepton_rollout.mesh_istio import IstioMesh
 
+from .canaries import QUICK, told, until
 from .kubernetes import NAMESPACE, ApiServer
 from .lab import Lab
 from .stand_ins import infer
-from .test_canary import QUICK, told, until
 
 HOST = "digits.default.models.lepton"
 NAME = "digits.default"

@@ -28,6 +28,10 @@ def upgrade() -> None:
     )
     op.execute("CREATE INDEX open_rollouts ON rollouts (started_at) WHERE finished_at IS NULL")
     op.execute("CREATE INDEX rollouts_of_group ON rollouts (group_id) WHERE group_id IS NOT NULL")
+    _add_tables()
+
+
+def _add_tables() -> None:
     op.execute(
         """
         CREATE TABLE decisions (
