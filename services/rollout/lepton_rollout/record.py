@@ -32,6 +32,8 @@ def warmed(serving: Serving, assigned: Assigned) -> Serving:
 
 def moved(serving: Serving, assigned: Assigned) -> Serving:
     """Of the pools that hold the version, only this one goes on."""
+    if [each for each in serving.versions if each.version == assigned.version] == [assigned]:
+        return serving
     others = tuple(each for each in serving.versions if each.version != assigned.version)
     return _next(serving, versions=(*others, assigned))
 

@@ -10,6 +10,7 @@ from lepton_rollout.record import (
     TOTAL_WEIGHT,
     abandoned,
     cooled,
+    moved,
     promoted,
     returned,
     staged,
@@ -100,6 +101,13 @@ def test_only_a_version_without_traffic_is_cooled() -> None:
         cooled(serving, 2)
     with pytest.raises(NotFound):
         cooled(serving, 3)
+
+
+def test_a_version_that_is_where_it_shall_be_is_not_moved_whatever_was_warmed_after_it() -> None:
+    serving = warmed(deployed(1), assigned(2))
+    assert moved(serving, assigned(1)) is serving
+    both = warmed(serving, assigned(2, "gpu"))
+    assert [(each.version, each.pool) for each in moved(both, assigned(2, "gpu")).versions] == [(1, "cpu"), (2, "gpu")]
 
 
 def test_the_version_that_traffic_returns_to_is_not_cooled() -> None:
