@@ -61,7 +61,7 @@ def answering_version(http: httpx.Client, model: str) -> str:
 
 def start_rollout(http: httpx.Client, model: str, version: int) -> dict[str, Any]:
     """The rollout, acknowledged."""
-    answer = http.post("/v1/rollouts", json={"model": model, "version": version, "strategy": "immediate"})
+    answer = http.post("/v1/rollouts", json={"model": model, "version": version, "policy": "immediate"})
     assert answer.status_code == 202, answer.text
     rollout: dict[str, Any] = answer.json()
     return rollout

@@ -39,6 +39,8 @@ _PASSED_BACK = (
     b"retry-after",
     b"x-lepton-reason",
 )
+# Envoy's own words: the worker had not answered in time.
+_MESH_GAVE_UP = b"upstream request timeout"
 _RETRY_AFTER = b"retry-after: 1\r\n"
 _RETRYABLE = frozenset({429, 503, 504})
 
@@ -133,7 +135,9 @@ class Exchange(Call):
         block = b"".join([b"%b: %b\r\n" % (name, headers[name]) for name in _PASSED_BACK if name in headers])
         counted = status
         if status != HTTPStatus.OK:
-            if not _is_oip_error(body):
+            if status == HTTPStatus.GATEWAY_TIMEOUT and _MESH_GAVE_UP in body:
+                body = error_body(self._too_late())
+            elif not _is_oip_error(body):
                 block = JSON + b"".join(
                     b"%b: %b\r\n" % (name, headers[name])
                     for name in (b"x-lepton-version", b"retry-after")
@@ -154,9 +158,7 @@ class Exchange(Call):
         name = self.route.serving.model
         match error.failure:
             case Failure.TIMEOUT:
-                waited_ms = round(self._timeout_s * 1e3)
-                message = f"model {name!r}: no answer within {waited_ms} ms"
-                self._finish(504, JSON + _RETRY_AFTER, error_body(message), 504)
+                self._finish(504, JSON + _RETRY_AFTER, error_body(self._too_late()), 504)
             case Failure.INVALID | Failure.TOO_LARGE:
                 self._finish(502, JSON, error_body(f"model {name!r}: {error.message}"), 502)
             case _:
@@ -168,6 +170,12 @@ class Exchange(Call):
         """The caller left: the mesh and the worker hear of it."""
         super().cancel()
         self._finish(CLIENT_GONE, b"", b"", LEFT)
+
+    def _too_late(self) -> str:
+        """Whose answer did not come, and in what time: the mesh may have been told by hand to wait for less."""
+        version = f" version {self.version.decode('latin-1')}" if self.version else ""
+        waited_s = min(self._timeout_s, time.monotonic() - self.began)
+        return f"model {self.route.serving.model!r}{version}: no answer within {round(waited_s * 1e3)} ms"
 
     def _try_again(self, failure: Failure) -> bool:
         """Inference may be repeated, so a mesh that restarts in the middle costs time only."""

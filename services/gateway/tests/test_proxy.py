@@ -1,6 +1,7 @@
 """What becomes of a request when the mesh or the caller does not do its part."""
 
 import asyncio
+import re
 import socket
 
 import pytest
@@ -16,7 +17,6 @@ INFER = "/v2/models/m/infer"
     ("status", "headers", "body", "message"),
     [
         (503, b"content-type: text/plain\r\n", b"no healthy upstream", "no healthy upstream"),
-        (504, b"content-type: text/plain\r\n", b"upstream request timeout", "upstream request timeout"),
         (503, b"", b"", "Service Unavailable"),
         (413, b"content-type: text/html\r\n", b"<html>x</html>", "Content Too Large"),
         (400, JSON, b'{"detail": [{"loc": ["body"]}]}', "Bad Request"),
@@ -52,6 +52,15 @@ async def test_the_deadline_is_the_shorter_of_the_callers_and_the_models(lab: La
     await lab.serve("quick", 1, limits=Limits(timeout_ms=60))
     await lab.until("/v2/models/quick/ready", 503)
     assert "60 ms" in error_of(await lab.client.post("/v2/models/quick/infer"))
+
+
+async def test_a_version_that_the_mesh_gave_up_on_is_named(lab: Lab) -> None:
+    block = JSON + b"x-lepton-version: 1\r\n"
+    lab.mesh.handler = lambda request: request.respond(504, block, b'{"error":"upstream request timeout"}')
+    response = await lab.client.post(INFER, headers={"x-request-timeout-ms": "20"})
+    assert response.status_code == 504
+    assert re.fullmatch(r"model 'm' version 1: no answer within (\d|1\d|20) ms", error_of(response))
+    assert (response.headers["x-lepton-version"], response.headers["retry-after"]) == ("1", "1")
 
 
 async def test_requests_over_a_models_concurrency_are_429(lab: Lab) -> None:

@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 
 from lepton.policies import PRESETS, OnFailure, OnNewer, Policy
 from lepton_common.db import Database, Tx
-from lepton_common.errors import Conflict, Invalid
+from lepton_common.errors import Conflict, Invalid, Unavailable
 from lepton_common.events import RolloutStarted
 from lepton_common.records import Assigned
 from lepton_common.types import ModelRef
@@ -57,10 +57,7 @@ class Starter:
         if len({each for each, _ in members}) < len(members):
             raise Invalid("together: each model of a group takes part with one version")
         for each, _ in members:
-            if (hand := (await self._table.get(each)).hand) is not None:
-                raise Conflict(
-                    f"the traffic of model {each.model!r} is moved by hand ({hand.by}): `lepton mesh release` ends that"
-                )
+            await self._check_hand(each)
         async with self._db.transaction() as tx:
             chosen = await chosen_policy(tx, model, policy)
             wanted = _Wanted(chosen, actor, force=force, back=back, group=uuid4() if together else None)
@@ -68,6 +65,18 @@ class Starter:
             started = {each: await self._start_one(tx, each, number, wanted) for each, number in sorted(members)}
         self._workers.changed.send()
         return started[model]
+
+    async def _check_hand(self, model: ModelRef) -> None:
+        """Raises Conflict while the model's traffic is moved by hand."""
+        try:
+            hand = (await self._table.get(model)).hand
+        except Unavailable:
+            # Without etcd nobody knows. The rollout is noted down, and would wait for the hand to let go.
+            return
+        if hand is not None:
+            raise Conflict(
+                f"the traffic of model {model.model!r} is moved by hand ({hand.by}): `lepton mesh release` ends that"
+            )
 
     async def _start_one(self, tx: Tx, model: ModelRef, version: int, wanted: "_Wanted") -> Rollout:
         assigned = await store_facts.get_version(tx, model, version)
