@@ -45,10 +45,10 @@ async def test_a_paused_rollout_grows_again_when_it_is_resumed(
     lab: Lab, rollout: httpx.AsyncClient, start: Start, model: ModelRef
 ) -> None:
     async with lab.measured(model) as seconds:
-        started = await start()
+        started = await start(dwell_s=40)  # The pause must come before the next stage does.
         await until(rollout, started, lambda now: now["percent"] == 10)
         assert (await steer(rollout, started, "pause")).json()["paused"]
-        await seconds.more(50)
+        await seconds.more(60)
         still = await seen(rollout, started)
         await steer(rollout, started, "resume")
         done = await lab.ended(rollout, started)
