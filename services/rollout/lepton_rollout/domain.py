@@ -18,6 +18,8 @@ from lepton_rollout.policy import Stage, stages
 HOME_POOL = "cpu"
 # How long a window that is late behind its successors is waited for.
 GAP_S = 3
+# Without a window for so long, nothing is known of how a version fares now.
+SILENT_S = 10
 
 
 class State(StrEnum):
@@ -259,9 +261,17 @@ def observed(rollout: Rollout, windows: Sequence[WindowClosed], now: float) -> R
         verdict = judge(evidence, stage, policy)
         walk = replace(rollout.walk, evidence=evidence, verdict=verdict, judged=window.second, sequence=window.sequence)
         rollout = replace(rollout, walk=walk)
-        if verdict.action is not Action.HOLD:
+        if _decides(rollout, verdict, now - window.second):
             break
     return rollout
+
+
+def _decides(rollout: Rollout, verdict: Verdict, age_s: float) -> bool:
+    """Whether something follows from a verdict on a window of that age. It does not grow while it is paused or held,
+    nor on what was well long ago: after an outage the windows of that time are gone through at once, to the newest."""
+    if verdict.action is Action.STEP:
+        return age_s <= SILENT_S and not (rollout.walk.paused or rollout.walk.held)
+    return verdict.action is not Action.HOLD
 
 
 def contiguous(rollout: Rollout, windows: Sequence[WindowClosed], now: float) -> Sequence[WindowClosed]:

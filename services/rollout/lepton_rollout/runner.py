@@ -38,6 +38,7 @@ class Runner:
         self._workers = workers
         self._holder = holder
         self._now = now
+        self._walks: dict[UUID, asyncio.Task[None]] = {}
         self._finished = Counter(
             "lepton_rollout_finished", "Rollouts that ended here, by how.", ["outcome"], registry=metrics
         )
@@ -45,20 +46,35 @@ class Runner:
     async def run(self) -> None:
         """For ever. Needs PostgreSQL and etcd to get on, and waits for them when they are away; never Kafka."""
         await self._workers.mirror.synced()
-        while True:
-            seen = self._workers.changed.count
-            await self.look()
-            await self._workers.changed.wait(seen, _LOOK_AGAIN_S)
+        try:
+            while True:
+                seen = self._workers.changed.count
+                await self.look(_LOOK_AGAIN_S)
+                await self._workers.changed.wait(seen, _LOOK_AGAIN_S)
+        except asyncio.CancelledError:
+            for walk in self._walks.values():
+                walk.cancel()
+            await asyncio.gather(*self._walks.values(), return_exceptions=True)
+            raise
 
-    async def look(self) -> None:
-        """Every open rollout that is not another runner's is as far as it can get now.
+    async def look(self, patience_s: float | None = None) -> None:
+        """Every open rollout that is not another runner's is as far as it can get now, or has been on its way for
+        `patience_s` seconds and goes on: one that waits for the mesh keeps no other waiting.
 
         One that fails for a reason unforeseen stops no other; it is raised once all have had their turn.
         """
         async with self._db.transaction() as tx:
             found = await store.list_open_rollouts(tx)
-        outcomes = await asyncio.gather(*map(self._advance, found), return_exceptions=True)
-        if failures := [outcome for outcome in outcomes if isinstance(outcome, Exception)]:
+        for rollout in found:
+            if rollout not in self._walks:
+                self._walks[rollout] = asyncio.create_task(self._advance(rollout))
+        if self._walks:
+            await asyncio.wait(self._walks.values(), timeout=patience_s)
+        ended = {rollout: walk for rollout, walk in self._walks.items() if walk.done()}
+        for rollout in ended:
+            del self._walks[rollout]
+        failures = [error for walk in ended.values() if isinstance(error := walk.exception(), Exception)]
+        if failures:
             raise ExceptionGroup("rollouts failed", failures)
 
     async def _advance(self, rollout_id: UUID) -> None:

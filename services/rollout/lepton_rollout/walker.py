@@ -13,6 +13,7 @@ from lepton_common.records import LoadState, Serving
 
 from lepton_rollout import store, store_facts
 from lepton_rollout.domain import (
+    SILENT_S,
     Rollout,
     State,
     advised,
@@ -40,8 +41,6 @@ from lepton_rollout.record import abandoned, moved, promoted, settled, staged, u
 from lepton_rollout.serving import Fence, Raced, ServingTable
 from lepton_rollout.workers import Workers
 
-# Without a window for so long, the rollout says that it sees no traffic.
-_SILENT_S = 10.0
 # How long a rollout waits when its runner dies in the middle of a step. Before a step touches the world its claim is
 # made sure of and renewed, and what it writes is written only over what it read: a runner that was frozen, and wakes
 # after its claim ran out, undoes nothing of its successor's.
@@ -108,7 +107,7 @@ class Walker:
     async def _walk(self, rollout: Rollout) -> Rollout:
         serving = await self._table.get(rollout.model)
         if serving.hand is not None:
-            rollout = advised(await self._observed(rollout)) if rollout.walk.applied else rollout
+            rollout = advised(await self._observed(rollout, self._now())) if rollout.walk.applied else rollout
             return waiting(rollout, "the traffic is moved by hand; what the judge says is advice")
         if rollout.is_through:
             return await self._promote(rollout)
@@ -119,7 +118,8 @@ class Walker:
             return again(rollout)  # Somebody, or a restored etcd, has it otherwise.
         if self._is_gone(rollout):
             return harmed(rollout, f"no worker of pool {rollout.assigned.pool!r} has the version any more")
-        return await self._acted(await self._observed(rollout))
+        now = self._now()  # One for both, else what is new enough to be judged could be too old to act on.
+        return await self._acted(await self._observed(rollout, now), now)
 
     async def _enter(self, rollout: Rollout) -> Rollout:
         """The mesh has acknowledged the stage that the rollout means to be in."""
@@ -155,33 +155,33 @@ class Walker:
         )
         return finished(rollout, serving, self._now())
 
-    async def _observed(self, rollout: Rollout) -> Rollout:
+    async def _observed(self, rollout: Rollout, now: datetime) -> Rollout:
         """The windows that came in are judged, up to the first that decides something."""
         async with self._db.transaction() as tx:
             found = await store_facts.list_windows(tx, rollout.model, rollout.walk.judged + 1)
-        after = observed(rollout, found, self._now().timestamp())
+        after = observed(rollout, found, now.timestamp())
         if after.walk.evidence.baseline.p95 is None and after.walk.judged > rollout.walk.judged:
             known = learned(after.walk.evidence, await self._recent(rollout))
             after = replace(after, walk=replace(after.walk, evidence=known))
         return after
 
-    async def _acted(self, rollout: Rollout) -> Rollout:
+    async def _acted(self, rollout: Rollout, now: datetime) -> Rollout:
         """What follows from the verdict on this stage, or from there being none."""
-        walk, now = rollout.walk, self._now()
+        walk = rollout.walk
         verdict = walk.verdict
         if rollout.stage.kind is Kind.SPLIT and not rollout.stage.percent:
             is_over = walk.entered_at is not None and (now - walk.entered_at).total_seconds() >= rollout.stage.dwell_s
             return await self._grown(rollout, "it was ready for its time") if is_over else rollout
         silent_s = now.timestamp() - max(walk.judged, walk.second)
         # What was well hours ago, before a freeze or an outage, is no reason to grow now.
-        if verdict and verdict.action is Action.STEP and silent_s <= _SILENT_S:
+        if verdict and verdict.action is Action.STEP and silent_s <= SILENT_S:
             return await self._grown(rollout, verdict.reason)
         if verdict and verdict.action is not Action.STEP:
             rollout = judged(rollout, verdict)
         if rollout.state is State.SHIFTING and not rollout.walk.held:
             if is_stalled(rollout, now):
                 return held(rollout, f"{rollout.policy.max_step_s:g} s brought no decision: {rollout.walk.waiting_for}")
-            if silent_s > _SILENT_S and not walk.paused:
+            if silent_s > SILENT_S and not walk.paused:
                 return waiting(rollout, "no traffic is measured")
         return rollout
 

@@ -98,9 +98,12 @@ async def test_a_person_may_promote_past_what_is_left(
         await steer(rollout, started, "promote", full=True)
         await until(rollout, started, lambda now: now["percent"] == 100)
         done = await lab.ended(rollout, started)
+    decisions = (await rollout.get(f"/v1/rollouts/{done['id']}/decisions")).json()
 
     assert [event.percent for event in told(lab, TrafficShifted) if event.version == 2] == [10, 100]
-    assert done["reason"].startswith("promoted by ann") or done["state"] == "promoted"
+    assert done["state"] == "promoted"
+    (promotion,) = [each for each in decisions if each["action"] == "promote"]
+    assert (promotion["actor"], promotion["reason"]) == ("ann", "the test says so")
 
 
 async def test_a_rollback_takes_back_what_a_rollout_has_moved(

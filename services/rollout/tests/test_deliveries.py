@@ -9,7 +9,7 @@ from lepton.policies import Comparison, Judging, Policy
 from lepton.rollouts import Action
 from lepton_common.events import VersionWindow, WindowClosed
 from lepton_common.sketch import bucket_of
-from lepton_rollout.domain import GAP_S, Rollout, applied, observed, shifting, stepped
+from lepton_rollout.domain import GAP_S, SILENT_S, Rollout, applied, observed, shifting, stepped
 from lepton_rollout.judge import Observation, baseline
 
 from .test_domain import NOW, rollout
@@ -116,3 +116,31 @@ def test_good_windows_lead_on_and_bad_ones_back() -> None:
     assert bad is not None
     assert (good[0], bad[0]) == (Action.STEP, Action.ROLL_BACK)
     assert bad[1] - BEGIN <= 5
+
+
+def test_after_an_outage_harm_is_found_at_once_behind_all_that_was_well() -> None:
+    outage = [window(number + 2, 1) for number in range(1800)]
+    harm = [window(number + 1802, 25) for number in range(SECONDS)]
+
+    after = observed(begun(), [*outage, *harm], harm[-1].second + 1.5)
+
+    assert after.walk.verdict is not None
+    assert after.walk.verdict.action is Action.ROLL_BACK
+    assert harm[0].second < after.walk.verdict.second < harm[9].second
+
+
+def test_what_is_well_now_is_what_an_outage_ends_with() -> None:
+    outage = [window(number + 2, 1) for number in range(1800)]
+
+    after = observed(begun(), outage, outage[-1].second + 1.5)
+
+    assert after.walk.verdict is not None
+    assert (after.walk.verdict.action, after.walk.judged) == (Action.STEP, outage[-1].second - SILENT_S + 2)
+
+
+def test_a_paused_rollout_is_judged_to_its_newest_window() -> None:
+    windows = [window(number + 2, 1) for number in range(100)]
+    waiting = begun()
+    waiting = replace(waiting, walk=replace(waiting.walk, paused=True))
+
+    assert observed(waiting, windows, windows[-1].second + 1.5).walk.judged == windows[-1].second

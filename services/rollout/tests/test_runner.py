@@ -1,3 +1,4 @@
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
@@ -119,6 +120,25 @@ async def test_a_mesh_that_is_away_is_waited_for_and_the_record_does_not_run_ahe
     scripted_mesh.error = None
     await look_again.look()
     assert (await found(db, model, rollout)).state is State.PROMOTED
+
+
+async def test_a_mesh_that_takes_its_time_with_one_model_keeps_no_other_from_loading(
+    db: Database, table: ServingTable, workers: KnownWorkers, scripted_mesh: ScriptedMesh, model: ModelRef
+) -> None:
+    slow, quick = await started(db, model, 1), ModelRef("default", "quick")
+    acknowledged = asyncio.Event()
+    scripted_mesh.meanwhile = acknowledged.wait
+    impatient = runner(db, table, workers)
+    await impatient.look(0.5)
+    await started(db, quick, 1)
+    await impatient.look(2)
+
+    assert (await found(db, model, slow)).state is State.SHIFTING
+    assert [each.version for each in (await table.get(quick)).versions] == [1]
+
+    acknowledged.set()
+    await impatient.look()
+    assert (await found(db, model, slow)).state is State.PROMOTED
 
 
 async def test_a_record_changed_in_the_middle_of_a_shift_is_never_written_over(
