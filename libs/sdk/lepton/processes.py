@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ import psutil
 
 # Below the range the kernel picks outgoing ports from, so that a client cannot take a stopped server's port.
 _PORTS = range(20_000, 32_000)
+# Nobody may listen yet where somebody is about to.
+_promised: deque[int] = deque(maxlen=1000)
 
 
 # Every process says in its environment which part it is, so that it is found even when the record of its pid is lost.
@@ -161,10 +164,13 @@ def end(process: psutil.Process, number: signal.Signals = signal.SIGTERM, timeou
             process.send_signal(number)
             if ended(process, timeout_s):
                 return
-        for each in [process, *process.children(recursive=True)]:
+        process.suspend()  # From here it makes no more children.
+        doomed = [process, *process.children(recursive=True)]
+        for each in doomed:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
-        ended(process, timeout_s)
+        for each in doomed:
+            ended(each, timeout_s)
 
 
 def ended(process: psutil.Process, timeout_s: float | None = None) -> bool:
@@ -218,11 +224,12 @@ def running(recipe: Recipe, timeout_s: float = 30.0) -> Iterator[Process]:
 
 
 def free_ports(count: int) -> list[int]:
-    """`count` distinct TCP ports on which nothing listens on loopback now."""
+    """`count` TCP ports on which nothing listens on loopback now, and that this process did not get just before."""
     found: list[int] = []
     while len(found) < count:
         port = random.choice(_PORTS)  # noqa: S311 - spreads, guards nothing
-        if port not in found and is_free(port):
+        if port not in _promised and is_free(port):
+            _promised.append(port)
             found.append(port)
     return found
 
