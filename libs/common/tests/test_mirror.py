@@ -240,6 +240,8 @@ async def test_an_etcd_restored_from_a_backup_is_followed_from_what_it_has(
                 await mirror.until_connected()
                 await etcd.put("/p/b", b"after")  # At a revision that the mirror had passed before the restore.
                 await mirror.until({"a": "old", "b": "after"})
+    assert ("lost", None) in mirror.changes  # Who listens hears that it is gone.
+    assert mirror.changes[-1] == ("b", "after")
 
 
 @pytest.mark.parametrize("change", [{"revision": 9}, {"cluster_id": 8}, {"raft_term": 2}])

@@ -8,66 +8,12 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from lepton_common import oip, tensors
 from lepton_common.errors import Invalid
-from lepton_common.signature import DTYPES, Signature, TensorSpec
+from lepton_common.signature import DTYPES, Signature
 from lepton_common.tensors import Array
 
-ROWS = Signature((TensorSpec("x", "FP32", (-1, 2)),), (TensorSpec("y", "FP32", (-1, 2)),))
-
-
-def one(datatype: str, shape: tuple[int, ...] = (-1,)) -> Signature:
-    """A signature with one input `x` and one output `y` of the same kind."""
-    return Signature((TensorSpec("x", datatype, shape),), (TensorSpec("y", datatype, shape),))
-
-
-def request(data: object, shape: list[int], datatype: str = "FP32", **fields: Any) -> bytes:
-    return orjson.dumps({"inputs": [{"name": "x", "shape": shape, "datatype": datatype, "data": data}], **fields})
-
-
-def decode(data: object, shape: list[int], datatype: str, spec_shape: tuple[int, ...] = (-1,)) -> Array:
-    return oip.decode_request(request(data, shape, datatype), None, one(datatype, spec_shape)).inputs["x"]
-
-
-def binary_request(array: Array, datatype: str, **fields: Any) -> tuple[bytes, int]:
-    data = bytes(tensors.to_binary(datatype, array))
-    entry = {
-        "name": "x",
-        "shape": list(array.shape),
-        "datatype": datatype,
-        "parameters": {"binary_data_size": len(data)},
-    }
-    header = orjson.dumps({"inputs": [entry], **fields})
-    return header + data, len(header)
-
-
-def answer(request: oip.InferRequest, array: Array, signature: Signature) -> tuple[dict[str, Any], bytes]:
-    """The response's JSON document and its binary part."""
-    length, parts = oip.encode_response("m", "1", request, {"y": array}, signature)
-    body = b"".join(parts)
-    split = len(body) if length is None else length
-    return orjson.loads(body[:split]), body[split:]
-
-
-def arrays(datatype: str) -> st.SearchStrategy[Array]:
-    shapes = hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=4)
-    if datatype == "BYTES":
-        return hnp.arrays(object, shapes, elements=st.text(max_size=6).map(str.encode), fill=st.nothing())
-    if datatype == "BF16":
-        return hnp.arrays(np.float32, shapes, elements=st.floats(-(2.0**99), 2.0**99, width=32)).map(
-            lambda array: array.astype(ml_dtypes.bfloat16)
-        )
-    return hnp.arrays(DTYPES[datatype], shapes)
-
-
-def assert_same(got: Array, want: Array) -> None:
-    assert got.dtype == want.dtype
-    assert got.shape == want.shape
-    if want.dtype == object:
-        assert got.tolist() == want.tolist()
-    else:
-        assert got.tobytes() == want.tobytes()
+from .oip_bodies import ROWS, TWO, answer, arrays, assert_same, binary_request, decode, one, request
 
 
 @pytest.mark.parametrize("datatype", DTYPES)
@@ -298,12 +244,6 @@ def test_float32_is_written_with_its_own_digits() -> None:
     assert b'"data":[0.1,2.0]' in bytes(parts[0])
 
 
-TWO = Signature(
-    (TensorSpec("a", "INT32", (-1,)), TensorSpec("b", "BYTES", (-1,))),
-    (TensorSpec("p", "INT32", (-1,)), TensorSpec("q", "FP32", (-1, 3))),
-)
-
-
 def two_inputs(outputs: list[Any]) -> oip.InferRequest:
     """`b` binary and first, `a` in JSON: mixed and out of the signature's order."""
     text = np.array([b"one", b"\xff\x00"], object)
@@ -385,89 +325,3 @@ def test_strings_of_the_runtime_are_written_like_bytes() -> None:
     _, parts = oip.encode_response("m", "1", wanted, {"y": np.array(["é"], object)}, one("BYTES"))
     assert orjson.loads(parts[0])["outputs"][0]["data"] == ["é"]
     assert bytes(parts[1]) == b"\x02\0\0\0" + "é".encode()
-
-
-@pytest.mark.parametrize(
-    ("cut", "message"),
-    [(-1, "unexpected size 16, 15 bytes are left"), (0, None), (1, "unexpected additional input data: 1 bytes")],
-)
-def test_missing_and_additional_binary_data_are_refused(cut: int, message: str | None) -> None:
-    body, length = binary_request(np.ones((2, 2), np.float32), "FP32")
-    body = body[:cut] if cut < 0 else body + b"\0" * cut
-    if message is None:
-        oip.decode_request(body, length, ROWS)
-    else:
-        with pytest.raises(Invalid, match=message):
-            oip.decode_request(body, length, ROWS)
-
-
-def test_binary_data_of_the_wrong_size_for_its_shape_is_refused() -> None:
-    body, length = binary_request(np.ones((2, 2), np.float64), "FP32")
-    with pytest.raises(Invalid, match=r"input 'x': unexpected size 32 bytes, expected 16 for FP32 of shape \[2, 2\]"):
-        oip.decode_request(body, length, ROWS)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"\x05\0\0\0abc", "unexpected end of data in BYTES element 0"),
-        (b"\x01\0\0\0a!", "1 bytes after the last"),
-        (b"\x01", "too few"),
-    ],
-)
-def test_damaged_bytes_elements_are_refused(data: bytes, message: str) -> None:
-    entry = {"name": "x", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": len(data)}}
-    header = orjson.dumps({"inputs": [entry]})
-    with pytest.raises(Invalid, match=message):
-        oip.decode_request(header + data, len(header), one("BYTES"))
-
-
-def test_a_bool_byte_is_0_or_1() -> None:
-    body, length = binary_request(np.array([2], np.uint8), "BOOL")
-    with pytest.raises(Invalid, match="0 or 1"):
-        oip.decode_request(body, length, one("BOOL"))
-
-
-def test_unaligned_binary_data_becomes_aligned() -> None:
-    aligned = []
-    for padding in range(8):
-        body, length = binary_request(np.ones(3), "FP64", id="i" * padding)
-        aligned.append(oip.decode_request(body, length, one("FP64")).inputs["x"].flags.aligned)
-    assert aligned == [True] * 8
-
-
-@pytest.mark.parametrize(
-    ("datatype", "spec_shape", "body", "expected"),
-    [
-        ("FP32", (-1, 2), np.ones(4, np.float32).tobytes(), (2, 2)),
-        ("FP32", (-1, -1), np.ones(4, np.float32).tobytes(), (1, 4)),
-        ("INT8", (4,), b"abcd", (4,)),
-        ("BYTES", (-1, 1), b"text", (1, 1)),
-    ],
-)
-def test_a_raw_binary_body_is_the_only_input(
-    datatype: str, spec_shape: tuple[int, ...], body: bytes, expected: tuple[int, ...]
-) -> None:
-    decoded = oip.decode_request(body, 0, one(datatype, spec_shape))
-    assert decoded.inputs["x"].shape == expected
-    assert decoded.outputs[0].binary
-
-
-@pytest.mark.parametrize(
-    ("signature", "message"),
-    [
-        (TWO, "needs a model with one input"),
-        (one("FP32", (-1, -1, -1)), "cannot tell the unknown dimensions"),
-        (one("FP32", (-1, 2)), "unexpected size 7"),
-        (one("BYTES", (2,)), "BYTES element"),
-    ],
-)
-def test_a_raw_binary_body_that_cannot_be_shaped_is_refused(signature: Signature, message: str) -> None:
-    with pytest.raises(Invalid, match=message):
-        oip.decode_request(b"1234567", 0, signature)
-
-
-@pytest.mark.parametrize("value", [b"-1", b"x", b"", b"1.0", b"9" * 30])
-def test_a_header_length_that_is_no_number_is_refused(value: bytes) -> None:
-    with pytest.raises(Invalid, match="Inference-Header-Content-Length"):
-        oip.header_length_of(value)

@@ -151,6 +151,7 @@ async def test_an_event_leaves_as_soon_as_its_transaction_commits(db: Database) 
             # Twenty polls of a second each would run into this time-out: it is the notification that wakes.
             async with asyncio.timeout(10):
                 await bus.count(version + 1)
+    assert [each.version for each in bus.sent if isinstance(each, VersionPromoted)] == list(range(20))
 
 
 async def test_what_the_bus_refused_stays_and_is_sent_again(db: Database) -> None:

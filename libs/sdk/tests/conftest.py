@@ -10,6 +10,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 from uuid import uuid4
 
+import onnx
+import onnx.helper
 import orjson
 import pytest
 from lepton import Client
@@ -296,3 +298,14 @@ def run(platform: Platform) -> Run:
 def ok(result: Result) -> str:
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """An ONNX file of a bit more than one upload chunk."""
+    weight = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [300_000], bytes(1_200_000), raw=True)
+    value = onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [300_000])
+    graph = onnx.helper.make_graph([], "empty", [], [value], [weight])
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.helper.make_model(graph), path)
+    return path

@@ -2,17 +2,14 @@
 
 import json
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, assert_type
+from typing import assert_type
 
 import lepton
 import numpy as np
-import onnx
-import onnx.helper
 import pytest
-from lepton import AsyncClient, Client, Progress
-from lepton.endpoint import find_endpoint
+from lepton import Client
 from lepton.errors import (
     Conflict,
     DeadlineExceeded,
@@ -26,105 +23,15 @@ from lepton.errors import (
     Unavailable,
     Unreachable,
 )
-from lepton.flow import Ask, Flow, Pause, Reply, Work
 from lepton.models import Model, Scope
 from lepton.rollouts import RolloutState
-from lepton.upload import upload
-from lepton_common.signature import Signature
 
-from libs.sdk.tests.conftest import SECRET, SPECS, Platform
+from libs.sdk.tests.conftest import SECRET, Platform
 from libs.sdk.tests.traffic import Answer
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """An ONNX file of a bit more than one upload chunk."""
-    weight = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [300_000], bytes(1_200_000), raw=True)
-    value = onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [300_000])
-    graph = onnx.helper.make_graph([], "empty", [], [value], [weight])
-    path = tmp_path / "model.onnx"
-    onnx.save(onnx.helper.make_model(graph), path)
-    return path
 
 
 def problem(status: int, detail: str = "as it is", **headers: str) -> Answer:
     return Answer(status, {"title": "No", "status": status, "detail": detail}, headers)
-
-
-# --- uploads ----------------------------------------------------------------------------------------------------------
-
-
-def test_an_upload_stores_the_file_and_reports_every_byte(client: Client, platform: Platform, model: Path) -> None:
-    seen: list[Progress] = []
-    sha256 = client.upload(model, progress=seen.append)
-    assert platform.artifacts[sha256] == model.read_bytes()
-    assert [each.done for each in seen] == sorted(each.done for each in seen)
-    assert seen[-1] == Progress("upload", model.stat().st_size, model.stat().st_size)
-
-
-def test_bytes_that_are_stored_already_are_not_sent(client: Client, platform: Platform, model: Path) -> None:
-    assert client.upload(model) == client.upload(model.read_bytes())
-    assert platform.counted("PUT") == 1
-
-
-def test_a_broken_upload_resumes_where_it_broke(client: Client, platform: Platform, model: Path) -> None:
-    platform.broken_uploads = [500_000, 100_000, 0]
-    sha256 = client.upload(model)
-    assert platform.artifacts[sha256] == model.read_bytes()
-    assert platform.counted("PUT") == 4
-
-
-async def test_a_broken_upload_resumes_in_the_async_client_too(platform: Platform, model: Path) -> None:
-    platform.broken_uploads = [1_100_000]
-    async with AsyncClient() as client:
-        sha256 = await client.upload(model)
-    assert list(platform.artifacts) == [sha256]
-
-
-def test_an_upload_whose_last_answer_was_lost_is_finished_without_sending_it_again(
-    client: Client, platform: Platform, model: Path
-) -> None:
-    platform.broken_uploads = [model.stat().st_size]
-    sha256 = client.upload(model)
-    assert platform.artifacts[sha256] == model.read_bytes()
-
-
-def test_an_upload_that_gets_no_further_is_given_up_after_growing_pauses() -> None:
-    pauses: list[float] = []
-
-    def play(flow: Flow[str]) -> None:
-        step = next(flow)
-        while True:
-            match step:
-                case Work():
-                    step = flow.send(step.run())
-                case Ask(method="HEAD"):
-                    step = flow.send(Reply(404, {"upload-offset": "2"}, b""))
-                case Ask():
-                    step = flow.throw(Unreachable("it broke"))
-                case Pause():
-                    pauses.append(step.seconds)
-                    step = flow.send(0.0)
-
-    with pytest.raises(Unreachable, match="it broke"):
-        play(upload(b"model"))
-    assert pauses == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4]
-
-
-def test_an_upload_outlives_a_platform_that_is_away_for_a_while(
-    client: Client, platform: Platform, model: Path
-) -> None:
-    platform.broken_uploads = [500_000]
-    # The first HEAD is answered; after the break so many calls find the platform away that one call gives up.
-    platform.answers = [Answer(404), *[Answer(503)] * 5]
-    sha256 = client.upload(model)
-    assert platform.artifacts[sha256] == model.read_bytes()
-
-
-def test_an_empty_model_is_refused_before_anything_is_sent(client: Client, platform: Platform) -> None:
-    with pytest.raises(Invalid, match="empty"):
-        client.upload(b"")
-    assert not platform.requests
 
 
 # --- push, deploy, roll back ------------------------------------------------------------------------------------------
@@ -254,78 +161,6 @@ def test_wrong_arguments_are_named_before_anything_is_sent(
     assert not platform.requests
 
 
-# --- inference --------------------------------------------------------------------------------------------------------
-
-ARRAYS = {
-    "x": np.array([[1.5, np.nan], [-np.inf, 0]], dtype=np.float32),
-    "text": np.array(["ä", "", "a" * 300], dtype=object),
-    "n": np.array([2**62, -1], dtype=">i8"),
-}
-
-
-def test_arrays_go_out_and_come_back_in_binary(client: Client, platform: Platform) -> None:
-    platform.signature = Signature(SPECS, SPECS)
-    outputs = client.infer("m", ARRAYS)
-    np.testing.assert_array_equal(outputs["x"], ARRAYS["x"])
-    assert outputs["text"].tolist() == ["ä".encode(), b"", b"a" * 300]
-    np.testing.assert_array_equal(outputs["n"], ARRAYS["n"])
-    assert outputs.version == "7"
-
-
-def test_a_version_and_outputs_are_chosen(client: Client, platform: Platform) -> None:
-    platform.signature = Signature(SPECS, SPECS)
-    outputs = client.infer("m", ARRAYS, version=3, outputs=["n"])
-    assert list(outputs) == ["n"]
-    assert outputs.version == "3"
-    assert platform.requests == ["POST /v2/models/m/versions/3/infer"]
-
-
-async def test_the_async_client_answers_the_same(platform: Platform) -> None:
-    async with AsyncClient() as client:
-        assert_type(client.models, Callable[[], Coroutine[Any, Any, list[Model]]])
-        outputs = await client.infer("m", {"x": np.array([[1, 2]] * 3, dtype=np.float32)})
-        assert (await client.metadata("m")).inputs[0].name == "x"
-    assert outputs["x"].tolist() == [[1, 2]] * 3
-
-
-def test_an_answer_in_json_is_understood_too(client: Client, platform: Platform) -> None:
-    outputs: list[dict[str, Any]] = [
-        {"name": "y", "shape": [2], "datatype": "FP32", "data": [None, 2.5]},
-        {"name": "h", "shape": [1, 2], "datatype": "BF16", "data": [1, 2]},
-        {"name": "s", "shape": [1], "datatype": "BYTES", "data": ["é"]},
-    ]
-    platform.answers = [Answer(200, {"model_name": "m", "model_version": "4", "outputs": outputs})]
-    answer = client.infer("m", {"x": np.zeros((1, 2), np.float32)})
-    np.testing.assert_array_equal(answer["y"], np.array([np.nan, 2.5], np.float32))
-    assert answer["h"].dtype.name == "bfloat16"
-    assert answer["s"].tolist() == ["é".encode()]
-
-
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [([[1, 2], [3]], "rows of different lengths"), (np.array([1j]), "complex128"), ([object()], "object among")],
-)
-def test_what_is_no_tensor_is_refused_with_the_inputs_name(client: Client, value: Any, said: str) -> None:
-    with pytest.raises(Invalid, match=f"'x'.*{said}"):
-        client.infer("m", {"x": value})
-
-
-def test_a_wrong_input_is_named_by_the_platforms_own_words(client: Client) -> None:
-    with pytest.raises(Invalid, match="x"):
-        client.infer("m", {"x": np.zeros((1, 3), np.float32)})
-
-
-def test_another_datatype_than_the_models_is_told_with_the_cast(client: Client) -> None:
-    with pytest.raises(Invalid, match=r"FP64, expected FP32\n.*astype\(numpy\.float32\)"):
-        client.infer("m", {"x": np.zeros((1, 2))})
-
-
-def test_inputs_without_names_are_refused(client: Client) -> None:
-    unnamed: Any = [[1.0, 2.0]]
-    with pytest.raises(Invalid, match="by name"):
-        client.infer("m", unnamed)
-
-
 # --- errors and retries -----------------------------------------------------------------------------------------------
 
 
@@ -390,53 +225,3 @@ def test_a_platform_that_does_not_answer_in_time_is_a_deadline() -> None:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with Client(url) as client, pytest.raises(DeadlineExceeded, match=r"within 0\.1 s"):
             client.infer("m", {"x": np.zeros((1, 2), np.float32)}, timeout=0.1)
-
-
-# --- where the platform is --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A local platform's folder, and nothing in the environment but that."""
-    (tmp_path / "platform.json").write_text('{"url": "http://127.0.0.1:9000/"}')
-    (tmp_path / "key").write_text("lp_local\n")
-    monkeypatch.setenv("LEPTON_HOME", str(tmp_path))
-    monkeypatch.delenv("LEPTON_URL", raising=False)
-    monkeypatch.delenv("LEPTON_API_KEY", raising=False)
-    return tmp_path
-
-
-def test_the_local_platform_is_found_with_its_key(home: Path) -> None:
-    found = find_endpoint()
-    assert (found.url, found.key) == ("http://127.0.0.1:9000", "lp_local")
-
-
-def test_arguments_win_over_the_environment(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LEPTON_URL", "https://a.example")
-    monkeypatch.setenv("LEPTON_API_KEY", "lp_env")
-    assert (find_endpoint().url, find_endpoint().key) == ("https://a.example", "lp_env")
-    found = find_endpoint("http://b.example", "lp_given")
-    assert (found.url, found.key) == ("http://b.example", "lp_given")
-
-
-def test_a_key_read_with_its_line_break_is_the_key(home: Path) -> None:
-    assert find_endpoint(key="lp_given\n").key == "lp_given"
-    with pytest.raises(Unauthenticated, match="line break"):
-        find_endpoint(key="lp_given\nKeep it now")
-
-
-def test_the_local_key_is_sent_to_no_other_platform(home: Path) -> None:
-    assert find_endpoint("https://elsewhere.example").key is None
-    assert "lp_local" not in repr(find_endpoint())
-
-
-def test_where_nothing_was_started_there_is_a_hint_and_no_guess(home: Path) -> None:
-    (home / "platform.json").unlink()
-    with pytest.raises(Unreachable, match=r"No platform was started here yet\.\nStart it with `lepton up`"):
-        find_endpoint()
-
-
-@pytest.mark.parametrize("url", ["ftp://x", "127.0.0.1:8080", "http://"])
-def test_what_is_no_url_is_invalid(url: str) -> None:
-    with pytest.raises(Invalid, match="not a platform's URL"):
-        find_endpoint(url)

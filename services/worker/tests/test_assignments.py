@@ -150,6 +150,7 @@ async def test_a_version_wanted_again_after_it_left_is_loaded_again(tmp_path: Pa
         for _ in range(2):
             worker.serve(assigned)
             await worker.until_states(v1=LoadState.READY)
+            assert await worker.ask() == [[2, 2]]
             worker.serve()
             await worker.until_states()
 
@@ -240,6 +241,8 @@ async def test_a_version_withdrawn_while_it_loads_is_gone(tmp_path: Path, onnx_f
         await worker.until_states(v1=LoadState.LOADING)
         worker.serve()
         await worker.until_states()
+        with pytest.raises(NotFound):
+            worker.assignments.lane(MODEL, 1)
 
 
 async def test_new_limits_hold_without_a_reload(tmp_path: Path, onnx_file: OnnxFile) -> None:

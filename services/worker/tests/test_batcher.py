@@ -302,7 +302,8 @@ async def test_slots_run_side_by_side() -> None:
         return {"y": inputs["x"]}
 
     async with batching(run, slots=3, mergeable=False) as caller:
-        await asyncio.gather(*(caller.ask(row(1)) for _ in range(3)))
+        answers = await asyncio.gather(*(caller.ask(row(number)) for number in range(3)))
+    assert [answer["y"].tolist() for answer in answers] == [[[0]], [[1]], [[2]]]
 
 
 async def test_quick_models_run_on_the_loops_thread_and_slow_ones_never() -> None:
