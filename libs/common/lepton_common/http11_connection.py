@@ -270,7 +270,7 @@ class Connection(asyncio.Protocol):
             self.deadline = inf  # From here the handler keeps the time.
         try:
             self._server.handler(request)
-        except Exception as error:
+        except Exception as error:  # A handler's mistake costs its own request only.
             self._server.failed(request, error)
 
     def answer(self, head: Head, status: int, headers: bytes, body: Buffer | Sequence[Buffer]) -> None:

@@ -213,7 +213,7 @@ class KafkaBus:
                 handled = self._handled
                 with attempt:
                     await handler(event)
-        except Exception as error:
+        except Exception as error:  # Whatever it is, its neighbours flow on.
             reason = Reason.EXHAUSTED if _retryable(error) else Reason.FAILED
             await self._bury(record, kind, Failure(reason, error, tries, first_failure or datetime.now(UTC)))
         else:

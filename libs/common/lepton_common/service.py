@@ -194,7 +194,7 @@ class Service:
             try:
                 await work()
                 return
-            except Exception:
+            except Exception:  # Whatever it is, the work is started again.
                 self._failed(work)
             if time.monotonic() - began > _HEALTHY_AFTER_S:
                 backoff_s = _FIRST_BACKOFF_S
@@ -205,7 +205,7 @@ class Service:
         while True:
             try:
                 await work()
-            except Exception:
+            except Exception:  # Whatever it is, the next time may be better.
                 self._failed(work)
             await asyncio.sleep(seconds)
 
@@ -235,7 +235,7 @@ class Service:
         try:
             async with asyncio.timeout(grace_s + _CLOSE_S):
                 await work()
-        except Exception:
+        except Exception:  # The others are closed all the same.
             self._failed(work)
 
 
@@ -252,7 +252,7 @@ def run(service: Service) -> None:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(until_signal())
-    except Exception:
+    except Exception:  # The last one to hear of it: told as the logs are, not as a traceback.
         _log.exception("ended by an error")
         raise SystemExit(1) from None
     finally:

@@ -135,15 +135,14 @@ class Exchange(Call):
         block = b"".join([b"%b: %b\r\n" % (name, headers[name]) for name in _PASSED_BACK if name in headers])
         counted = status
         if status != HTTPStatus.OK:
-            if status == HTTPStatus.GATEWAY_TIMEOUT and _MESH_GAVE_UP in body:
-                body = error_body(self._too_late())
-            elif not _is_oip_error(body):
+            gave_up = status == HTTPStatus.GATEWAY_TIMEOUT and _MESH_GAVE_UP in body
+            if gave_up or not _is_oip_error(body):
                 block = JSON + b"".join(
                     b"%b: %b\r\n" % (name, headers[name])
                     for name in (b"x-lepton-version", b"retry-after")
                     if name in headers
                 )
-                body = error_body(_text_of(status, body))
+                body = error_body(self._too_late() if gave_up else _text_of(status, body))
             if status in _RETRYABLE and b"retry-after" not in headers:
                 block += _RETRY_AFTER
             if status == HTTPStatus.SERVICE_UNAVAILABLE and b"x-envoy-ratelimited" in headers:

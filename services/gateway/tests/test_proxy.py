@@ -54,9 +54,15 @@ async def test_the_deadline_is_the_shorter_of_the_callers_and_the_models(lab: La
     assert "60 ms" in error_of(await lab.client.post("/v2/models/quick/infer"))
 
 
-async def test_a_version_that_the_mesh_gave_up_on_is_named(lab: Lab) -> None:
-    block = JSON + b"x-lepton-version: 1\r\n"
-    lab.mesh.handler = lambda request: request.respond(504, block, b'{"error":"upstream request timeout"}')
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        (JSON, b'{"error":"upstream request timeout"}'),  # our mesh's
+        (b"content-type: text/plain\r\n", b"upstream request timeout"),  # Istio's
+    ],
+)
+async def test_a_version_that_the_mesh_gave_up_on_is_named(lab: Lab, headers: bytes, body: bytes) -> None:
+    lab.mesh.handler = lambda request: request.respond(504, headers + b"x-lepton-version: 1\r\n", body)
     response = await lab.client.post(INFER, headers={"x-request-timeout-ms": "20"})
     assert response.status_code == 504
     assert re.fullmatch(r"model 'm' version 1: no answer within (\d|1\d|20) ms", error_of(response))
