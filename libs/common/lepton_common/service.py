@@ -191,11 +191,8 @@ class Service:
         backoff_s = _FIRST_BACKOFF_S
         while True:
             began = time.monotonic()
-            try:
-                await work()
+            if await self._attempted(work):
                 return
-            except Exception:  # Whatever it is, the work is started again.
-                self._failed(work)
             if time.monotonic() - began > _HEALTHY_AFTER_S:
                 backoff_s = _FIRST_BACKOFF_S
             await asyncio.sleep(backoff_s)
@@ -203,11 +200,23 @@ class Service:
 
     async def _repeat(self, seconds: float, work: Work) -> None:
         while True:
-            try:
-                await work()
-            except Exception:  # Whatever it is, the next time may be better.
-                self._failed(work)
+            await self._attempted(work)
             await asyncio.sleep(seconds)
+
+    async def _attempted(self, work: Work) -> bool:
+        """Whether the work came to its end. What it fails with, whatever it is, is logged and counted."""
+        try:
+            await work()
+            return True
+        except asyncio.CancelledError:
+            # Unless we are told to end, a library let it out of a future that it gave up itself, as aiokafka does when
+            # its coordinator goes away: a task group would take that for an end and say nothing.
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            self._failed(work)
+        except Exception:  # The work is started again.
+            self._failed(work)
+        return False
 
     def _failed(self, work: Work) -> None:
         self._failures.labels(_name(work)).inc()

@@ -131,7 +131,10 @@ async def test_a_mistake_at_start_ends_the_service_after_closing_it(service: Ser
     assert closed.is_set()
 
 
-async def test_background_work_that_fails_is_started_again_and_counted(service: Service, telemetry: Telemetry) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("lost"), asyncio.CancelledError()])
+async def test_background_work_that_fails_is_started_again_and_counted(
+    service: Service, telemetry: Telemetry, error: BaseException
+) -> None:
     starts = 0
     third = asyncio.Event()
 
@@ -139,7 +142,7 @@ async def test_background_work_that_fails_is_started_again_and_counted(service: 
         nonlocal starts
         starts += 1
         if starts < 3:
-            raise RuntimeError("lost")
+            raise error
         third.set()
         await asyncio.Event().wait()
 

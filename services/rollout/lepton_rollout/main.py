@@ -45,6 +45,8 @@ _AGAIN_S = 1.0
 # Windows that belong to no rollout are kept for so long: the next one takes its baseline from them.
 _KEEP_WINDOWS_S = BASELINE_S + 60
 _TIDY_EVERY_S = 60.0
+# A worker gives one load the same time: what it says of it comes before the rollout ends without a reason.
+_WORD_OF_WORKERS_S = 5.0
 
 
 def build(
@@ -58,9 +60,10 @@ def build(
 ) -> Service:
     """The whole service. Its replicas share the work; `mesh` is this replica's way to the mesh, `now` its clock."""
     keys, workers, table = Keys(etcd), Workers(etcd), ServingTable(etcd, mesh)
-    starter = Starter(db, table, workers, settings.load_timeout_s, now)
+    load_timeout_s = settings.load_timeout_s + _WORD_OF_WORKERS_S
+    starter = Starter(db, table, workers, load_timeout_s, now)
     steering = Steering(db, table, workers, starter, now)
-    commands = Commands(db, table, workers, starter, settings.load_timeout_s, now)
+    commands = Commands(db, table, workers, starter, load_timeout_s, now)
     holder = _holder(settings.instance)
     runner = Runner(db, Walker(db, table, workers, holder, now), workers, holder, now, telemetry.registry)
 
@@ -76,7 +79,7 @@ def build(
     service.every(_AGAIN_S, runner.run)
     service.every(_REAPPLY_S, table.reapply)
     service.every(_TIDY_EVERY_S, partial(_tidy, db, now))
-    service.decide(VersionRegistered, partial(on_version_registered, load_timeout_s=settings.load_timeout_s, now=now))
+    service.decide(VersionRegistered, partial(on_version_registered, load_timeout_s=load_timeout_s, now=now))
     service.decide(WindowClosed, on_window_closed, keyed=True, after=workers.changed.send)
 
     app = create_app(service, keys)
