@@ -8,6 +8,9 @@ PACKAGES := libs/sdk libs/common services/registry services/rollout services/mon
 MODULES := lepton lepton_common lepton_registry lepton_rollout lepton_monitor lepton_gateway lepton_worker
 TESTS := $(addsuffix /tests,$(PACKAGES)) tests
 
+# Some images set it. Without bytecode every process compiles its sources again, and the tests start hundreds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup quickstart test check format bench up down
 
 help: ## show this list

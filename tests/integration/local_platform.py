@@ -13,7 +13,7 @@ import httpx
 import psutil
 from lepton import Client, local
 from lepton.home import Home, Layout
-from lepton.processes import end, free_port
+from lepton.processes import end, free_port, freeze
 
 _START_S = 90.0
 
@@ -91,7 +91,7 @@ class Platform:
         process = self.process(part)
         family = [process, *process.children(recursive=True)]
         for each in family:
-            each.send_signal(signal.SIGSTOP)
+            freeze(each)
         try:
             yield
         finally:

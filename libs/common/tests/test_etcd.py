@@ -100,7 +100,7 @@ async def test_another_endpoint_answers_for_one_that_is_away(etcd_server: Etcd, 
 async def test_every_call_ends_when_etcd_is_frozen(recipe: Etcd, server: Process) -> None:
     client = EtcdClient(recipe.address, timeout_s=0.3)
     await client.get("/lepton/p/a")
-    server.send(signal.SIGSTOP)
+    server.freeze()
     for call in (
         client.get("/lepton/p/a"),
         client.list("/lepton/p/"),
@@ -154,7 +154,7 @@ async def test_a_lease_survives_a_restart_of_etcd(server: Process, private: Etcd
 async def test_a_holder_fences_itself_before_etcd_gives_the_key_away(server: Process, private: EtcdClient) -> None:
     async with private.lease(3) as lease:
         await private.put("/lepton/p/worker", b"here", lease=lease)
-        server.send(signal.SIGSTOP)
+        server.freeze()
         started = time.monotonic()
         await lease.lost.wait()
         assert time.monotonic() - started < 3

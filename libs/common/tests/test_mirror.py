@@ -152,7 +152,7 @@ async def test_a_frozen_etcd_is_noticed_and_a_thawed_one_followed_again(server: 
     await etcd.put("/p/a", b"1")
     async with following(mirror):
         await mirror.until_connected()
-        server.send(signal.SIGSTOP)
+        server.freeze()
         await mirror.until_connected(False)
         assert dict(mirror.items) == {"a": "1"}
         server.send(signal.SIGCONT)

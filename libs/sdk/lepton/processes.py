@@ -155,6 +155,19 @@ class Process:
         with contextlib.suppress(psutil.NoSuchProcess):
             self._process.send_signal(number)
 
+    def freeze(self) -> None:
+        """No thread of the process runs until it gets SIGCONT."""
+        freeze(self._process)
+
+
+def freeze(process: psutil.Process) -> None:
+    """No thread of the process runs until it gets SIGCONT. Once SIGSTOP is sent, they may still run for a while."""
+    process.suspend()
+    for thread in Path(f"/proc/{process.pid}/task").glob("*/stat"):  # None where there is no /proc.
+        with contextlib.suppress(OSError):  # The thread has ended.
+            while thread.read_text().rpartition(") ")[2][0] not in "TtZX":
+                time.sleep(0.001)
+
 
 def end(process: psutil.Process, number: signal.Signals = signal.SIGTERM, timeout_s: float = 10.0) -> None:
     """The process has ended by the signal, or, when it did not in `timeout_s` or `number` is SIGKILL, with its children
@@ -164,7 +177,7 @@ def end(process: psutil.Process, number: signal.Signals = signal.SIGTERM, timeou
             process.send_signal(number)
             if ended(process, timeout_s):
                 return
-        process.suspend()  # From here it makes no more children.
+        freeze(process)  # From here it makes no more children.
         doomed = [process, *process.children(recursive=True)]
         for each in doomed:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -3,6 +3,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,15 @@ PARENT = (
     "import pathlib, subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
     "pathlib.Path('child').write_text(str(child.pid)); pathlib.Path('ready').touch(); child.wait()"
 )
+BUSY = """
+import pathlib, threading
+def write():
+    with open('written', 'ab', buffering=0) as file:
+        while True: file.write(b'x')
+for _ in range(4): threading.Thread(target=write, daemon=True).start()
+pathlib.Path('ready').touch()
+threading.Event().wait(600)
+"""
 
 
 @contextlib.contextmanager
@@ -65,6 +75,16 @@ def test_kill_takes_the_children_along(tmp_path: Path) -> None:
         process.kill()
         child.wait(5)
         assert not process.alive()
+
+
+def test_frozen_process_does_nothing_from_that_moment(tmp_path: Path) -> None:
+    with ready(Script(tmp_path, BUSY)) as process:
+        for _ in range(20):
+            process.freeze()
+            written = (tmp_path / "written").stat().st_size
+            time.sleep(0.01)
+            assert (tmp_path / "written").stat().st_size == written
+            process.send(signal.SIGCONT)
 
 
 def test_end_while_starting_is_told_with_the_last_words(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 from aiokafka import AIOKafkaConsumer
-from lepton.processes import free_port
+from lepton.processes import free_port, freeze
 from lepton.servers import Etcd, Kafka, KafkaRuntime
 from lepton_common import envelope
 from lepton_common.etcd import EtcdClient
@@ -259,7 +260,7 @@ async def test_a_gateway_that_stood_still_puts_no_answer_into_a_wrong_second(
             for _ in range(4):
                 group.create_task(callers.ask(stop))
             await until(lambda: len(callers.noted) > 200)
-            os.kill(pid, signal.SIGSTOP)
+            freeze(psutil.Process(pid))
             frozen = int(time.time())
             await asyncio.sleep(3)
             thawed = int(time.time())

@@ -241,7 +241,7 @@ async def test_no_acknowledgement_in_time_is_unavailable_and_the_same_call_goes_
     await hasty.apply(virtual_service(serving(model, 1, {1: 100})))
     after = virtual_service(serving(model, 2, {2: 100}))
 
-    envoy.send(signal.SIGSTOP)
+    envoy.freeze()
     with pytest.raises(Unavailable, match="did not acknowledge"):
         await hasty.apply(after)
     envoy.send(signal.SIGCONT)
