@@ -8,13 +8,27 @@ from lepton_rollout.domain import Rollout, State, again, failing, stepped
 
 
 def paused(rollout: Rollout, reason: str) -> Rollout:
-    """It grows no further until it is resumed; harm still takes it back. Raises Conflict."""
+    """It grows no further until it is resumed; harm still takes it back. Raises Conflict.
+
+    A stage that it means to enter and the mesh has not acknowledged is left to later: until then it stays in the one
+    before, where it is judged.
+    """
     _check_open(rollout)
     if rollout.walk.paused:
         raise Conflict(f"rollout {rollout.id} is paused already: {rollout.walk.waiting_for}")
+    rollout = _stayed(rollout)
     return replace(
         rollout, walk=replace(rollout.walk, paused=True, ready=rollout.walk.stage, waiting_for=f"paused: {reason}")
     )
+
+
+def _stayed(rollout: Rollout) -> Rollout:
+    """In the stage that was acknowledged last, if it meant to grow from there."""
+    walk = rollout.walk
+    if walk.applied or walk.entered_at is None or rollout.stage.percent <= walk.percent:
+        return rollout
+    before = max(stage.number for stage in rollout.plan[: walk.stage] if stage.percent == walk.percent)
+    return replace(rollout, walk=replace(walk, stage=before, applied=True))
 
 
 def resumed(rollout: Rollout) -> Rollout:

@@ -1,8 +1,10 @@
 """What persons, policies and other versions do to a canary on its way."""
 
+import signal
 from datetime import UTC, datetime, timedelta
 
 import httpx
+from lepton.processes import Process
 from lepton_common.events import (
     RolloutHeld,
     RolloutSteered,
@@ -61,12 +63,29 @@ async def test_a_paused_rollout_is_taken_back_all_the_same(
     lab: Lab, rollout: httpx.AsyncClient, start: Start, model: ModelRef
 ) -> None:
     async with lab.measured(model) as seconds:
-        started = await start()
+        started = await start(dwell_s=40)
         await until(rollout, started, lambda now: now["percent"] == 10)
         await steer(rollout, started, "pause")
         seconds.error_ratio = {2: 0.8}
         done = await lab.ended(rollout, started)
 
+    assert done["state"] == "rolled_back"
+
+
+async def test_a_rollout_that_is_paused_before_the_mesh_has_its_next_stage_is_taken_back_all_the_same(
+    lab: Lab, envoy: Process, rollout: httpx.AsyncClient, start: Start, model: ModelRef
+) -> None:
+    async with lab.measured(model) as seconds:
+        started = await start(dwell_s=100_000)
+        await until(rollout, started, lambda now: now["percent"] == 10)
+        envoy.freeze()
+        await steer(rollout, started, "promote")
+        paused = (await steer(rollout, started, "pause")).json()
+        envoy.send(signal.SIGCONT)
+        seconds.error_ratio = {2: 0.8}
+        done = await lab.ended(rollout, started)
+
+    assert paused["percent"] == 10
     assert done["state"] == "rolled_back"
 
 

@@ -200,6 +200,17 @@ def test_a_pause_is_undone_by_resume_and_by_nothing_else() -> None:
     assert not resumed(stopped).walk.paused
 
 
+def test_a_pause_before_the_mesh_acknowledged_a_growth_leaves_it_to_later() -> None:
+    grown = stepped(walking(), "as good")
+    for meant in (grown, advanced(walking(), "it is fine", full=True)):
+        stopped = paused(meant, "lunch")
+        assert (stopped.walk.stage, stopped.walk.applied, stopped.walk.percent) == (0, True, 10)
+        assert stopped.walk.evidence == walking().walk.evidence
+    assert paused(applied(grown, NOW, NOTHING), "lunch").walk.stage == 1
+    # Before its first stage there is none to stay in.
+    assert not paused(shifting(rollout(), "ready"), "lunch").walk.applied
+
+
 def test_who_resumes_what_was_held_for_harm_lets_it_be_judged_anew() -> None:
     after = resumed(held(walking(), "more errors"))
     assert (after.walk.held, after.walk.applied, after.walk.evidence) == ("", False, rollout().walk.evidence)
