@@ -29,8 +29,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
+from lepton.kafka import Kafka, MockKafka, find_kafka
 from lepton.processes import free_port, running
-from lepton.servers import Etcd, Kafka, MockKafka, find_kafka
+from lepton.servers import Etcd
 from lepton_common.etcd import EtcdClient
 from lepton_common.http11 import JSON, Request, Server
 from lepton_common.kafka_client import ensure_topics

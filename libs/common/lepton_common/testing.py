@@ -15,8 +15,9 @@ import stamina
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from aiokafka.errors import KafkaError
+from lepton.kafka import Kafka, KafkaRuntime, MockKafka, find_kafka
 from lepton.processes import Process, Recipe, running
-from lepton.servers import Etcd, Kafka, KafkaRuntime, MockKafka, Postgres, find_kafka
+from lepton.servers import Etcd, Postgres
 from prometheus_client import CollectorRegistry
 
 from lepton_common.etcd import EtcdClient

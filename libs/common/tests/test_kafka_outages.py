@@ -10,7 +10,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from lepton.servers import Kafka, KafkaRuntime
+from lepton.kafka import Kafka, KafkaRuntime
 from lepton_common import envelope
 from lepton_common.errors import Unavailable
 from lepton_common.events import Event, VersionPromoted

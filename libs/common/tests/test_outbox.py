@@ -11,7 +11,8 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from lepton.servers import Kafka, KafkaRuntime, Postgres
+from lepton.kafka import Kafka, KafkaRuntime
+from lepton.servers import Postgres
 from lepton_common.db import Database, Tx, create_shared_tables
 from lepton_common.envelope import Message, decode
 from lepton_common.errors import Unavailable

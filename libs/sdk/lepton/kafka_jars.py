@@ -1,10 +1,14 @@
 """Fetches Kafka's jars with Maven: `python -m lepton.kafka_jars FOLDER`, once per machine."""
 
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from lepton.kafka import Kafka, KafkaRuntime, find_java
+from lepton.processes import Process
 
 KAFKA_VERSION = "4.4.0"
 LOG4J_VERSION = "2.25.5"  # the one this Kafka brings; the binding must match it
@@ -52,9 +56,29 @@ def fetch_kafka(into: Path) -> bool:
     return True
 
 
+def archive_classes(runtime: KafkaRuntime) -> None:
+    """What Kafka's classes come to once they are loaded and verified is kept beside the jars, for this Java and these
+    jars: with it a broker is ready in half the time. Repeating it changes nothing. Raises StartFailed."""
+    if runtime.archive.exists():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Kafka(Path(folder), runtime)
+        recipe.prepare()  # Before the option is set, else this program's classes would be kept as well.
+        fresh = runtime.archive.with_suffix(".new")
+        os.environ["JDK_JAVA_OPTIONS"] = f"-XX:ArchiveClassesAtExit={fresh}"
+        process = Process.start(recipe)
+        try:
+            process.wait_ready()
+        finally:
+            process.stop(timeout_s=60)  # It writes now.
+    fresh.rename(runtime.archive)
+
+
 def main() -> None:
-    into = Path(sys.argv[1])
+    into = Path(sys.argv[1]).resolve()
     if fetch_kafka(into):
+        if java := find_java():
+            archive_classes(KafkaRuntime(java, into))
         sys.stdout.write(f"Kafka {KAFKA_VERSION} is in {into}\n")
     else:
         sys.stdout.write(

@@ -7,20 +7,9 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from confluent_kafka import Consumer, Producer
-from confluent_kafka.admin import AdminClient
-from confluent_kafka.cimpl import NewTopic
+from lepton.kafka import MockKafka
 from lepton.processes import Process, StartFailed, free_port, running
-from lepton.servers import (
-    Etcd,
-    Kafka,
-    MockKafka,
-    Postgres,
-    find_java,
-    find_kafka,
-    kafka_libs_folders,
-    kept_secret,
-)
+from lepton.servers import Etcd, Postgres, kept_secret
 
 # base64 of "a" and "b", as etcd's JSON gateway wants them
 A, B = "YQ==", "Yg=="
@@ -31,35 +20,6 @@ def ask_etcd(etcd: Etcd, what: str, request: dict[str, str]) -> dict[str, list[d
     with urllib.request.urlopen(f"http://{etcd.address}/v3/kv/{what}", data=body, timeout=5) as answer:
         content: dict[str, list[dict[str, str]]] = json.load(answer)
         return content
-
-
-def produce(address: str, topic: str, text: str) -> None:
-    producer = Producer({"bootstrap.servers": address, "acks": "all"})
-    producer.produce(topic, text)
-    assert producer.flush(20) == 0
-
-
-def first_message(address: str, topic: str) -> str:
-    settings = {"bootstrap.servers": address, "group.id": "test", "auto.offset.reset": "earliest"}
-    consumer = Consumer(settings)
-    try:
-        consumer.subscribe([topic])
-        message = consumer.poll(30)
-        assert message is not None
-        assert message.error() is None
-        value = message.value()
-        assert value is not None
-        return value.decode()
-    finally:
-        consumer.close()
-
-
-@pytest.fixture
-def real_kafka(tmp_path: Path) -> Kafka:
-    runtime = find_kafka()
-    if runtime is None:
-        pytest.skip("no Kafka jars or no Java: `lepton doctor`")
-    return Kafka(tmp_path / "kafka", runtime)
 
 
 def test_etcd_keeps_what_it_acknowledged_over_a_kill_and_a_move_to_other_ports(tmp_path: Path) -> None:
@@ -104,27 +64,6 @@ def test_postgres_does_not_take_a_half_made_cluster_for_a_whole_one(tmp_path: Pa
         assert process.alive()
 
 
-def test_kafka_keeps_messages_over_a_kill_and_a_move_to_other_ports(real_kafka: Kafka) -> None:
-    with running(real_kafka) as process:
-        admin = AdminClient({"bootstrap.servers": real_kafka.address})
-        admin.create_topics([NewTopic("facts", 1)])["facts"].result(20)
-        produce(real_kafka.address, "facts", "kept")
-        process.kill()
-    moved = Kafka(real_kafka.folder, real_kafka.runtime)
-    with running(moved):
-        assert first_message(moved.address, "facts") == "kept"
-
-
-def test_mock_kafka_has_the_same_address_after_a_restart(tmp_path: Path) -> None:
-    mock = MockKafka(tmp_path / "kafka")
-    assert mock.address == f"mock://127.0.0.1:{mock.port}"
-    for text in ("first", "second"):
-        with running(mock):
-            produce(f"127.0.0.1:{mock.port}", "facts", text)
-            # Nothing is left of the first life.
-            assert first_message(f"127.0.0.1:{mock.port}", "facts") == text
-
-
 def test_port_in_use_is_told_with_the_servers_own_words(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         process = Process.start(Etcd(tmp_path / "etcd", port=other.getsockname()[1]))
@@ -135,24 +74,6 @@ def test_port_in_use_is_told_with_the_servers_own_words(tmp_path: Path) -> None:
 def test_servers_that_nobody_started_are_not_ready(tmp_path: Path) -> None:
     for server in (Etcd(tmp_path), Postgres(tmp_path), MockKafka(tmp_path)):
         assert server.not_ready() is not None
-
-
-def test_old_java_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    java = tmp_path / "bin" / "java"
-    java.parent.mkdir()
-    java.write_text("#!/bin/sh\necho 'openjdk version \"1.8.0_392\"' >&2\n")
-    java.chmod(0o755)
-    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
-    assert find_java() != str(java)
-    java.write_text("#!/bin/sh\necho 'openjdk version \"21.0.1\" 2023-10-17' >&2\n")
-    assert find_java() == str(java)
-
-
-def test_kafkas_folder_can_be_named_and_must_hold_kafka(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LEPTON_KAFKA_LIBS", str(tmp_path))
-    assert kafka_libs_folders()[0] == tmp_path
-    runtime = find_kafka()
-    assert runtime is None or runtime.libs != tmp_path
 
 
 def test_secret_stays_what_it_was_and_is_nobody_elses_to_read(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 import httpx
 import psutil
 from aiokafka import AIOKafkaConsumer
+from lepton.kafka import Kafka, KafkaRuntime
 from lepton.processes import free_port, freeze
-from lepton.servers import Etcd, Kafka, KafkaRuntime
+from lepton.servers import Etcd
 from lepton_common import envelope
 from lepton_common.etcd import EtcdClient
 from lepton_common.events import InferenceWindow
