@@ -32,7 +32,7 @@ quickstart: setup ## train a model, push it, serve it, call it; leaves the platf
 	$(BIN)/python examples/digits/quickstart.py
 
 test: setup ## every test, on the real Kafka, PostgreSQL, etcd, Envoy and onnxruntime
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 check: setup ## lint, format, types and import contracts
 	$(BIN)/ruff check .
