@@ -1,13 +1,21 @@
-"""Which tests run in the same process when `make test` spreads them over several."""
+"""How `make test` spreads the tests over processes."""
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
+
+# These start platforms of their own.
+_ALONE = tuple(f"tests/integration/test_{name}" for name in ("canaries", "faults", "quickstart"))
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay together, and so do all files that use the shared platform: it takes a while to start."""
-    on_platform = {item.path for item in items if "platform" in getattr(item, "fixturenames", ())}
-    for item in items:
-        integration = item.path.parent.name == "integration"
-        together = "platform" if integration and item.path in on_platform else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(together))
+class Together(LoadFileScheduling):  # type: ignore[misc] # xdist has no types
+    """A file's tests stay together, and so do all that use the shared platform: it takes a while to start."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        shares = nodeid.startswith("tests/integration/") and not nodeid.startswith(_ALONE)
+        return "platform" if shares else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Together:
+    """xdist's own marks for this do nothing with this pytest."""
+    return Together(config, log)

@@ -1,4 +1,5 @@
-"""The platform as a user has it: real Kafka, PostgreSQL, etcd, Envoy and every service, started once a session.
+"""The platform as a user has it: real Kafka, PostgreSQL, etcd, Envoy and every service, started once, and ended
+after the last test here.
 
 `platform` is shared: a test leaves it as it found it, apart from models and keys of its own. What destroys something
 gets a platform of its own from `private_platform`.
@@ -30,9 +31,9 @@ SETTINGS = {
 _numbers = count(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """The session's platform, with two workers."""
+    """The platform that all share, with two workers."""
     with running_platform(tmp_path_factory.mktemp("platform"), settings=SETTINGS) as platform:
         yield platform
 
@@ -68,7 +69,7 @@ def name() -> str:
     return f"test-{next(_numbers)}"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def make_key(platform: Platform) -> Iterator[Callable[..., str]]:
     """Makes keys: `make_key("infer", "deploy", tenant="acme")` is the secret of a new one, known to every service."""
     with platform.client() as operator:
@@ -85,7 +86,7 @@ def make_key(platform: Platform) -> Iterator[Callable[..., str]]:
         yield make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def http(platform: Platform) -> Iterator[httpx.Client]:
     """A caller without a key: on this machine that is tenant `default`, which may infer."""
     with platform.http(None) as http:
@@ -120,48 +121,48 @@ def operator(platform: Platform) -> dict[str, str]:
 # --- models, each pushed when the first test asks for it --------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def mlp(platform: Platform) -> str:
     return platform.serve("mlp", onnx_models.mlp())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def every_datatype(platform: Platform) -> str:
     """All but BF16, side by side."""
     return platform.serve("every-datatype", onnx_models.identities(onnx_models.WITHOUT_BF16))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def bfloat16(platform: Platform) -> str:
     """BF16 and FP32, side by side."""
     return platform.serve("bfloat16", onnx_models.identities(onnx_models.WITH_BF16))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def echo(platform: Platform) -> str:
     return platform.serve("echo", onnx_models.echo())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def text(platform: Platform) -> str:
     return platform.serve("text", onnx_models.echo("BYTES", ("rows",)))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def arithmetic(platform: Platform) -> str:
     return platform.serve("arithmetic", onnx_models.arithmetic())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def slow(platform: Platform) -> str:
     return platform.serve("slow", onnx_models.slow())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def fragile(platform: Platform) -> str:
     return platform.serve("fragile", onnx_models.fragile())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def neighbourly(platform: Platform) -> str:
     return platform.serve("neighbourly", onnx_models.neighbourly())
