@@ -25,7 +25,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml $(addsuffix /pyproject.toml,$(PAC
 		$(foreach package,$(PACKAGES),-e $(package)) -r requirements-dev.txt
 	touch $@
 
-.kafka/.ready: libs/sdk/lepton/kafka_jars.py | $(VENV)/.ready
+.kafka/.ready: libs/sdk/lepton/kafka_jars.py libs/sdk/lepton/kafka.py | $(VENV)/.ready
 	$(BIN)/python -m lepton.kafka_jars .kafka/libs && touch $@
 
 quickstart: setup ## train a model, push it, serve it, call it; leaves the platform running

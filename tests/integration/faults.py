@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
-from lepton.processes import http_get
+from lepton.processes import freeze, http_get
 
 from . import onnx_models
 from .load import Load
@@ -96,7 +96,7 @@ def away(platform: Platform, part: str) -> Iterator[None]:
     """The part is dead during the block: killed while the supervisor is held up. Then the platform is ready again."""
     process = platform.process(part)
     supervisor = psutil.Process(platform.home.supervisor_pid())
-    supervisor.suspend()
+    assert freeze(supervisor)
     try:
         for each in [process, *process.children(recursive=True)]:
             each.kill()

@@ -91,7 +91,7 @@ class Platform:
         process = self.process(part)
         family = [process, *process.children(recursive=True)]
         for each in family:
-            freeze(each)
+            assert freeze(each)
         try:
             yield
         finally:

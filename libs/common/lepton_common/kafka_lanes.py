@@ -93,5 +93,8 @@ class Lanes(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has no
     def _ended(self, partition: TopicPartition, task: asyncio.Task[None]) -> None:
         if self._open.get(partition) is task:
             del self._open[partition]
-        if not task.cancelled() and (error := task.exception()):
+        if task.cancelled():
+            if partition not in self._stopping:  # Then a library did it: see `Service._attempted`.
+                self._failure = RuntimeError(f"the handling of {partition} was cancelled from inside")
+        elif error := task.exception():
             self._failure = error

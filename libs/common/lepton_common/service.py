@@ -154,6 +154,8 @@ class Service:
         # What does not end although it was cancelled is left behind: the process ends anyway.
         if working.done() and not working.cancelled() and (error := working.exception()):
             raise error
+        if not stop.is_set():
+            raise RuntimeError("its work was cancelled from inside")
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -203,10 +205,11 @@ class Service:
             await self._attempted(work)
             await asyncio.sleep(seconds)
 
-    async def _attempted(self, work: Work) -> bool:
-        """Whether the work came to its end. What it fails with, whatever it is, is logged and counted."""
+    async def _attempted(self, work: Work, timeout_s: float | None = None) -> bool:
+        """Whether the work came to its end in time. What it fails with, whatever it is, is logged and counted."""
         try:
-            await work()
+            async with asyncio.timeout(timeout_s):
+                await work()
             return True
         except asyncio.CancelledError:
             # Unless we are told to end, a library let it out of a future that it gave up itself, as aiokafka does when
@@ -214,7 +217,7 @@ class Service:
             if (task := asyncio.current_task()) and task.cancelling():
                 raise
             self._failed(work)
-        except Exception:  # The work is started again.
+        except Exception:  # It is started again, or others go on without it.
             self._failed(work)
         return False
 
@@ -231,21 +234,15 @@ class Service:
 
     async def _close(self, working: asyncio.Task[None]) -> None:
         grace_s = self.settings.drain_s
-        await asyncio.gather(*(self._close_one(partial(server.drain, grace_s), grace_s) for server in self._servers))
+        drains = (partial(server.drain, grace_s) for server in self._servers)
+        await asyncio.gather(*(self._attempted(drain, grace_s + _CLOSE_S) for drain in drains))
         working.cancel()
         await asyncio.wait({working}, timeout=_CLOSE_S)
         resources = [self._bus.close] if self._bus else []
         if self._db:
             resources.append(self._db.close)
         for work in (*reversed(self._closes), *resources):
-            await self._close_one(work, 0)
-
-    async def _close_one(self, work: Work, grace_s: float) -> None:
-        try:
-            async with asyncio.timeout(grace_s + _CLOSE_S):
-                await work()
-        except Exception:  # The others are closed all the same.
-            self._failed(work)
+            await self._attempted(work, _CLOSE_S)
 
 
 def run(service: Service) -> None:

@@ -131,6 +131,23 @@ async def test_a_mistake_at_start_ends_the_service_after_closing_it(service: Ser
     assert closed.is_set()
 
 
+async def test_preparation_that_a_library_cancels_is_told_and_everything_is_closed(service: Service) -> None:
+    closed = asyncio.Event()
+
+    async def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    async def close() -> None:
+        closed.set()
+
+    service.prepare(cancelled)
+    service.on_close(close)
+    service.on_close(cancelled)
+    with pytest.raises(RuntimeError, match="cancelled from inside"):
+        await service.run(asyncio.Event())
+    assert closed.is_set()
+
+
 @pytest.mark.parametrize("error", [RuntimeError("lost"), asyncio.CancelledError()])
 async def test_background_work_that_fails_is_started_again_and_counted(
     service: Service, telemetry: Telemetry, error: BaseException
@@ -152,7 +169,10 @@ async def test_background_work_that_fails_is_started_again_and_counted(
     assert failures(telemetry, mirror) == 2
 
 
-async def test_periodic_work_goes_on_after_a_failure(service: Service, telemetry: Telemetry) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("a bad day"), asyncio.CancelledError()])
+async def test_periodic_work_goes_on_after_a_failure(
+    service: Service, telemetry: Telemetry, error: BaseException
+) -> None:
     runs = 0
     third = asyncio.Event()
 
@@ -160,7 +180,7 @@ async def test_periodic_work_goes_on_after_a_failure(service: Service, telemetry
         nonlocal runs
         runs += 1
         if runs == 1:
-            raise RuntimeError("a bad day")
+            raise error
         if runs == 3:
             third.set()
 

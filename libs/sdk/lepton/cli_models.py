@@ -120,8 +120,11 @@ def rollback(ctx: typer.Context, model: Name, wait: Wait = True, timeout: Timeou
     if json:
         print_json(rollout)
     else:
+        from lepton.rollouts import RolloutState
+
+        gave_up = (RolloutState.FAILING, RolloutState.ABORTED, RolloutState.ROLLED_BACK)
         # A canary that gave up went back to the stable; else the rollout itself brought the version before.
-        back_at = rollout.stable if rollout.state.value in ("failing", "aborted", "rolled_back") else rollout.version
+        back_at = rollout.stable if rollout.state in gave_up else rollout.version
         console.print(f"{model} {'is' if wait else 'is on its way'} back at version {back_at}.")
 
 

@@ -1,14 +1,14 @@
 """Fetches Kafka's jars with Maven: `python -m lepton.kafka_jars FOLDER`, once per machine."""
 
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from lepton.kafka import Kafka, KafkaRuntime, find_java
-from lepton.processes import Process
+from lepton.processes import Process, StartFailed
 
 KAFKA_VERSION = "4.4.0"
 LOG4J_VERSION = "2.25.5"  # the one this Kafka brings; the binding must match it
@@ -56,29 +56,44 @@ def fetch_kafka(into: Path) -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class _Archiving(Kafka):
+    """A broker that writes its classes down when it ends."""
+
+    def argv(self) -> list[str]:
+        java, *rest = Kafka.argv(self)
+        return [java, f"-XX:ArchiveClassesAtExit={_fresh(self.runtime)}", *rest]
+
+
 def archive_classes(runtime: KafkaRuntime) -> None:
-    """What Kafka's classes come to once they are loaded and verified is kept beside the jars, for this Java and these
-    jars: with it a broker is ready in half the time. Repeating it changes nothing. Raises StartFailed."""
-    if runtime.archive.exists():
-        return
+    """What Kafka's classes come to once they are loaded and verified is kept beside the jars, for this Java, and in
+    place of what another one left. Raises StartFailed and OSError."""
+    runtime.archive.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        recipe = Kafka(Path(folder), runtime)
-        recipe.prepare()  # Before the option is set, else this program's classes would be kept as well.
-        fresh = runtime.archive.with_suffix(".new")
-        os.environ["JDK_JAVA_OPTIONS"] = f"-XX:ArchiveClassesAtExit={fresh}"
-        process = Process.start(recipe)
+        process = Process.start(_Archiving(Path(folder), runtime))
         try:
             process.wait_ready()
         finally:
             process.stop(timeout_s=60)  # It writes now.
-    fresh.rename(runtime.archive)
+    _fresh(runtime).rename(runtime.archive)
+
+
+def _fresh(runtime: KafkaRuntime) -> Path:
+    return runtime.archive.with_suffix(".new")
+
+
+def _hasten(libs: Path) -> None:
+    if java := find_java():
+        try:
+            archive_classes(KafkaRuntime(java, libs))
+        except (StartFailed, OSError) as error:
+            sys.stdout.write(f"WARNING: Kafka's classes could not be archived, so it starts more slowly: {error}\n")
 
 
 def main() -> None:
     into = Path(sys.argv[1]).resolve()
     if fetch_kafka(into):
-        if java := find_java():
-            archive_classes(KafkaRuntime(java, into))
+        _hasten(into)
         sys.stdout.write(f"Kafka {KAFKA_VERSION} is in {into}\n")
     else:
         sys.stdout.write(

@@ -19,7 +19,7 @@ import psutil
 
 # Below the range the kernel picks outgoing ports from, so that a client cannot take a stopped server's port.
 _PORTS = range(20_000, 32_000)
-# Nobody may listen yet where somebody is about to.
+# Nobody may listen yet where somebody is about to. Module state on purpose: ports are the whole process's.
 _promised: deque[int] = deque(maxlen=1000)
 
 
@@ -156,17 +156,23 @@ class Process:
             self._process.send_signal(number)
 
     def freeze(self) -> None:
-        """No thread of the process runs until it gets SIGCONT."""
-        freeze(self._process)
+        """No thread of the process runs until it gets SIGCONT. Raises TimeoutError when one goes on."""
+        if not freeze(self._process):
+            raise TimeoutError(f"{self.recipe.name} does not stop")
 
 
-def freeze(process: psutil.Process) -> None:
-    """No thread of the process runs until it gets SIGCONT. Once SIGSTOP is sent, they may still run for a while."""
+def freeze(process: psutil.Process, timeout_s: float = 2.0) -> bool:
+    """True once no thread of the process runs any more, until it gets SIGCONT; False when one still may after
+    `timeout_s`, as one that waits for a disk. SIGSTOP alone returns before they stop. Raises psutil.NoSuchProcess."""
     process.suspend()
+    deadline = time.monotonic() + timeout_s
     for thread in Path(f"/proc/{process.pid}/task").glob("*/stat"):  # None where there is no /proc.
         with contextlib.suppress(OSError):  # The thread has ended.
             while thread.read_text().rpartition(") ")[2][0] not in "TtZX":
+                if time.monotonic() > deadline:
+                    return False
                 time.sleep(0.001)
+    return True
 
 
 def end(process: psutil.Process, number: signal.Signals = signal.SIGTERM, timeout_s: float = 10.0) -> None:

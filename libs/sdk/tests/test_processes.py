@@ -154,6 +154,7 @@ def test_free_ports_are_distinct_and_not_in_use() -> None:
     ports = free_ports(50)
     assert len(set(ports)) == 50
     assert all(map(is_free, ports))
+    assert not {*ports} & {*free_ports(50)}
 
 
 def test_tail_of_a_missing_log_is_empty_and_of_a_long_one_its_end(tmp_path: Path) -> None:

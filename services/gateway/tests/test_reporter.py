@@ -261,7 +261,7 @@ async def test_a_gateway_that_stood_still_puts_no_answer_into_a_wrong_second(
             for _ in range(4):
                 group.create_task(callers.ask(stop))
             await until(lambda: len(callers.noted) > 200)
-            freeze(psutil.Process(pid))
+            assert freeze(psutil.Process(pid))
             frozen = int(time.time())
             await asyncio.sleep(3)
             thawed = int(time.time())

@@ -160,7 +160,7 @@ def applied(rollout: Rollout, at: datetime, baseline: Baseline) -> Rollout:
         second=second,
         entered_at=at,
         evidence=evidence,
-        waiting_for="",
+        waiting_for=walk.waiting_for if walk.paused else "",
         judged=second,
         sequence=0,
         verdict=None,

@@ -69,6 +69,8 @@ def build(
 
     service = Service("rollout", settings, telemetry, db=db, bus=bus)
     service.on_close(etcd.close)
+    service.on_close(mesh.close)
+    service.on_close(runner.close)
     service.background(keys.mirror.run)
     service.background(workers.mirror.run)
     service.prepare(partial(migrate, db, "lepton_rollout"))
@@ -105,7 +107,6 @@ def main() -> None:
         mesh,
         _now,
     )
-    service.on_close(mesh.close)
     # Beside all else: rollouts go on without Kafka, and tell of themselves when it is back.
     service.background(partial(ensure_topics, settings.kafka))
     run(service)

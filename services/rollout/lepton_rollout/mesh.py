@@ -196,6 +196,9 @@ class Mesh(Protocol):
         """The edit is on record, taken over or refused: `apply` may write over it. Raises Conflict when there is a
         newer edit, which `edits` tells of."""
 
+    async def close(self) -> None:
+        """Its connections are closed."""
+
 
 def virtual_service(serving: Serving) -> VirtualService:
     """The routes of a serving record: a version forced by header, then unknown versions, then the split by weight.

@@ -10,8 +10,8 @@ from lepton_rollout.domain import Rollout, State, again, failing, stepped
 def paused(rollout: Rollout, reason: str) -> Rollout:
     """It grows no further until it is resumed; harm still takes it back. Raises Conflict.
 
-    A stage that it means to enter and the mesh has not acknowledged is left to later: until then it stays in the one
-    before, where it is judged.
+    It stays in the stage that the mesh acknowledged last, and is judged there: one that it only means to enter, also by
+    a person's word, it enters when the judge lets it, or that person again, after the resume.
     """
     _check_open(rollout)
     if rollout.walk.paused:

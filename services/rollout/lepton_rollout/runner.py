@@ -46,16 +46,17 @@ class Runner:
     async def run(self) -> None:
         """For ever. Needs PostgreSQL and etcd to get on, and waits for them when they are away; never Kafka."""
         await self._workers.mirror.synced()
-        try:
-            while True:
-                seen = self._workers.changed.count
-                await self.look(_LOOK_AGAIN_S)
-                await self._workers.changed.wait(seen, _LOOK_AGAIN_S)
-        except asyncio.CancelledError:
-            for walk in self._walks.values():
-                walk.cancel()
-            await asyncio.gather(*self._walks.values(), return_exceptions=True)
-            raise
+        while True:
+            seen = self._workers.changed.count
+            await self.look(_LOOK_AGAIN_S)
+            await self._workers.changed.wait(seen, _LOOK_AGAIN_S)
+
+    async def close(self) -> None:
+        """Nothing is walked any more. What was on its way goes on from the table."""
+        for walk in self._walks.values():
+            walk.cancel()
+        await asyncio.gather(*self._walks.values(), return_exceptions=True)
+        self._walks.clear()
 
     async def look(self, patience_s: float | None = None) -> None:
         """Every open rollout that is not another runner's is as far as it can get now, or has been on its way for
@@ -65,15 +66,14 @@ class Runner:
         """
         async with self._db.transaction() as tx:
             found = await store.list_open_rollouts(tx)
-        for rollout in found:
-            if rollout not in self._walks:
-                self._walks[rollout] = asyncio.create_task(self._advance(rollout))
-        if self._walks:
-            await asyncio.wait(self._walks.values(), timeout=patience_s)
+        begun = {each: asyncio.create_task(self._advance(each)) for each in found if each not in self._walks}
+        self._walks.update(begun)
+        if begun:
+            await asyncio.wait(begun.values(), timeout=patience_s)
         ended = {rollout: walk for rollout, walk in self._walks.items() if walk.done()}
         for rollout in ended:
             del self._walks[rollout]
-        failures = [error for walk in ended.values() if isinstance(error := walk.exception(), Exception)]
+        failures = [error for walk in ended.values() if (error := _failure(walk))]
         if failures:
             raise ExceptionGroup("rollouts failed", failures)
 
@@ -113,3 +113,11 @@ class Runner:
         _log.info(
             "rollout moved", rollout=str(after.id), model=str(after.model), state=after.state, reason=after.reason
         )
+
+
+def _failure(walk: asyncio.Task[None]) -> Exception | None:
+    """What a walk failed with. Nobody cancels one of them alone, so then a library did, and it counts as a failure."""
+    if walk.cancelled():
+        return RuntimeError("cancelled from inside")
+    error = walk.exception()
+    return error if isinstance(error, Exception) else None

@@ -28,7 +28,7 @@ class Settings(settings.Settings):
     kubernetes_ca: Path = _SERVICE_ACCOUNT / "ca.crt"
     """with the mesh istio: file with the certificate of who signs for an https API"""
     load_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 120.0
-    """seconds a pool has to get a version ready before its rollout fails"""
+    """seconds a pool has to get a version ready; five more, for the workers' word of why not, and its rollout fails"""
 
     @field_validator("mesh_dir", "envoy_admin")
     @classmethod

@@ -49,15 +49,14 @@ class Starter:
         """A rollout brings the version to live traffic, with those of `together` in step; or the one that does so
         already is returned.
 
-        Raises NotFound, Invalid for a policy that nobody knows, and Conflict while the traffic is moved by hand, while
-        another version must not be disturbed, and for bytes that were taken back before (see `force`), unless it goes
-        `back` to what served before.
+        Raises NotFound, Invalid for a policy that nobody knows, and Conflict while the traffic is moved by hand (which
+        nobody knows while etcd is away), while another version must not be disturbed, and for bytes that were taken
+        back before (see `force`), unless it goes `back` to what served before.
         """
         members = ((model, version), *together)
         if len({each for each, _ in members}) < len(members):
             raise Invalid("together: each model of a group takes part with one version")
-        for each, _ in members:
-            await self._check_hand(each)
+        await self._check_hands([each for each, _ in members])
         async with self._db.transaction() as tx:
             chosen = await chosen_policy(tx, model, policy)
             wanted = _Wanted(chosen, actor, force=force, back=back, group=uuid4() if together else None)
@@ -66,17 +65,17 @@ class Starter:
         self._workers.changed.send()
         return started[model]
 
-    async def _check_hand(self, model: ModelRef) -> None:
-        """Raises Conflict while the model's traffic is moved by hand."""
-        try:
-            hand = (await self._table.get(model)).hand
-        except Unavailable:
-            # Without etcd nobody knows. The rollout is noted down, and would wait for the hand to let go.
-            return
-        if hand is not None:
-            raise Conflict(
-                f"the traffic of model {model.model!r} is moved by hand ({hand.by}): `lepton mesh release` ends that"
-            )
+    async def _check_hands(self, models: Sequence[ModelRef]) -> None:
+        """Raises Conflict while a model's traffic is moved by hand, unless etcd is away."""
+        for model in models:
+            try:
+                hand = (await self._table.get(model)).hand
+            except Unavailable:
+                # Without etcd nobody knows. The rollout is noted down, and would wait for the hand to let go.
+                return
+            if hand is not None:
+                moved = f"the traffic of model {model.model!r} is moved by hand ({hand.by})"
+                raise Conflict(f"{moved}: `lepton mesh release` ends that")
 
     async def _start_one(self, tx: Tx, model: ModelRef, version: int, wanted: "_Wanted") -> Rollout:
         assigned = await store_facts.get_version(tx, model, version)

@@ -52,7 +52,6 @@ class Lab:
             mesh,
             self.clock,
         )
-        service.on_close(mesh.close)
         stop = asyncio.Event()
         running = asyncio.create_task(service.run(stop))
         try:

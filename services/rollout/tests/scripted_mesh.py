@@ -14,7 +14,7 @@ class ScriptedMesh:
     def __init__(self) -> None:
         self.applied: list[VirtualService] = []
         self.live_services: dict[str, VirtualService] = {}
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.meanwhile: Callable[[], Awaitable[object]] | None = None
 
     async def apply(self, *services: VirtualService) -> None:
@@ -44,3 +44,5 @@ class ScriptedMesh:
         yield Edit(ModelRef("default", "digits"), "nobody", {}, "")
 
     async def note(self, edit: Edit) -> None: ...
+
+    async def close(self) -> None: ...

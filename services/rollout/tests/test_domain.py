@@ -207,6 +207,8 @@ def test_a_pause_before_the_mesh_acknowledged_a_growth_leaves_it_to_later() -> N
         assert (stopped.walk.stage, stopped.walk.applied, stopped.walk.percent) == (0, True, 10)
         assert stopped.walk.evidence == walking().walk.evidence
     assert paused(applied(grown, NOW, NOTHING), "lunch").walk.stage == 1
+    # The mesh had it all the same, so it is entered once more: what it waits for is still the person.
+    assert applied(again(paused(grown, "lunch")), NOW, NOTHING).walk.waiting_for == "paused: lunch"
     # Before its first stage there is none to stay in.
     assert not paused(shifting(rollout(), "ready"), "lunch").walk.applied
 

@@ -233,6 +233,36 @@ async def test_a_record_that_cannot_be_read_holds_up_no_other_model(
     assert (await found(db, other, damaged)).state is State.LOADING
 
 
+async def test_a_walk_that_a_library_cancels_ends_no_other(
+    db: Database, table: ServingTable, workers: KnownWorkers, scripted_mesh: ScriptedMesh, model: ModelRef
+) -> None:
+    scripted_mesh.error = asyncio.CancelledError()
+    cancelled = await started(db, model, 1)
+    look_again = runner(db, table, workers)
+    with pytest.raises(ExceptionGroup) as raised:
+        await look_again.look()
+    assert raised.group_contains(RuntimeError, match="cancelled from inside")
+
+    scripted_mesh.error = None
+    await look_again.look()
+    assert (await found(db, model, cancelled)).state is State.PROMOTED
+
+
+async def test_what_was_on_its_way_when_the_runner_closed_goes_on_from_the_table(
+    db: Database, table: ServingTable, workers: KnownWorkers, scripted_mesh: ScriptedMesh, model: ModelRef
+) -> None:
+    rollout = await started(db, model, 1)
+    scripted_mesh.meanwhile = asyncio.Event().wait
+    hanging = runner(db, table, workers)
+    await hanging.look(0.5)
+    await hanging.close()
+    assert (await found(db, model, rollout)).state is State.SHIFTING
+
+    scripted_mesh.meanwhile = None
+    await hanging.look()
+    assert (await found(db, model, rollout)).state is State.PROMOTED
+
+
 async def test_a_runner_that_wakes_after_its_claim_ran_out_moves_no_traffic(
     db: Database, table: ServingTable, workers: KnownWorkers, scripted_mesh: ScriptedMesh, model: ModelRef
 ) -> None:
