@@ -118,6 +118,13 @@ def wait_for_workers(platform: Platform, count: int) -> None:
     until(lambda: healthy_workers(platform) == count, 30)
 
 
+def is_taken_out(platform: Platform, worker: str) -> bool:
+    """Whether the mesh holds this worker for ill. A starved machine may make it think so of another one for a while."""
+    _, text = http_get(platform.layout.ports["envoy-admin"], "/clusters")
+    flags = f"::127.0.0.1:{platform.layout.ports[worker]}::health_flags::"
+    return any(flags in line and not line.endswith("::healthy") for line in text.decode().splitlines())
+
+
 def problem(answer: httpx.Response) -> str:
     """What a problem says that asks to try again later."""
     assert answer.status_code == 503, f"{answer.status_code} {answer.text}"

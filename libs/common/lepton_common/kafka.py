@@ -133,8 +133,8 @@ class KafkaBus:
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             # The mock broker holds an empty fetch for the whole time. Kafka does so only for a partition that is
-            # resumed while a fetch without it is on its way.
-            fetch_max_wait_ms=10 if self._bootstrap.mock else 50,
+            # resumed while a fetch without it is on its way; and each idle consumer asks so often.
+            fetch_max_wait_ms=10 if self._bootstrap.mock else 200,
             isolation_level="read_uncommitted" if self._bootstrap.mock else "read_committed",
             # The mock broker waits nearly this long at every change of a group.
             session_timeout_ms=3_000 if self._bootstrap.mock else 10_000,
