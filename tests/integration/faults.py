@@ -39,12 +39,14 @@ def wrong(body: bytes, version: str) -> str:
 
 
 def load_on(platform: Platform, model: str, *, port: int | None = None, timeout_ms: int | None = None) -> Load:
-    """Load on a checked model, through the front door unless `port` is another one. Every answer is checked."""
+    """Load on a checked model, through the front door unless `port` is another one. Every answer is checked. Callers
+    breathe between two requests: as fast as they can, they would take the cores from what is tested."""
     headers = {"authorization": f"Bearer {platform.key}"}
     if timeout_ms is not None:
         headers["x-request-timeout-ms"] = str(timeout_ms)
     path = f"/v2/models/{model}/infer"
-    return Load(port or platform.port, path, REQUEST, headers=headers, callers=CALLERS, check=wrong, at_most_s=110)
+    port = port or platform.port
+    return Load(port, path, REQUEST, headers=headers, callers=CALLERS, check=wrong, at_most_s=110, pause_s=0.01)
 
 
 def answering_version(http: httpx.Client, model: str) -> str:
