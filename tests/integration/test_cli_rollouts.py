@@ -159,7 +159,7 @@ def test_the_mesh_is_taken_by_hand_and_given_back(
         assert "moved by hand" in lepton("rollout", "status", two_versions).out
         refused = lepton("rollout", "start", two_versions, 1)
         assert refused.code == 1
-        assert "lepton mesh release" in refused.err
+        assert f"`lepton rollout resume {two_versions}` ends that" in refused.err
 
         assert lepton("rollout", "resume", two_versions).out == f"The traffic of {two_versions} is rollout's again.\n"
         until(lambda: "weight: 1000\n" in lepton("mesh", "show", two_versions).out, 60)

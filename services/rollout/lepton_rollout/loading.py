@@ -40,7 +40,7 @@ def judge_loading(
         told = {worker: reason for worker, (_, reason) in verdicts.items() if reason}
         why = f": {_same_or_all(told)}" if told else ""
         return Loading.FAILED, f"no worker of pool {assigned.pool!r} had the version ready in time ({live}){why}"
-    return Loading.WAIT, ""
+    return Loading.WAIT, "" if verdicts else f"pool {assigned.pool!r} has no worker"
 
 
 def _verdict(model: ModelRef, assigned: Assigned, worker: WorkerState) -> tuple[Loading, str]:

@@ -70,6 +70,8 @@ def aborted(rollout: Rollout, reason: str) -> Rollout:
 
 def _check_open(rollout: Rollout) -> None:
     if rollout.finished_at is not None or rollout.state is State.FAILING:
-        raise Conflict(f"rollout {rollout.id} is {rollout.state}: {rollout.reason or 'it is over'}")
+        ends = "is over" if rollout.finished_at is not None else "gives up already"
+        why = f" ({rollout.reason})" if rollout.reason else ""
+        raise Conflict(f"rollout {rollout.id} {ends}, and is {rollout.state}{why}")
     if rollout.is_through:
         raise Conflict(f"rollout {rollout.id} is being promoted: `lepton rollback` returns to the version before")

@@ -56,7 +56,7 @@ class Starter:
         members = ((model, version), *together)
         if len({each for each, _ in members}) < len(members):
             raise Invalid("together: each model of a group takes part with one version")
-        await self._check_hands([each for each, _ in members])
+        await self.check_hands([each for each, _ in members])
         async with self._db.transaction() as tx:
             chosen = await chosen_policy(tx, model, policy)
             wanted = _Wanted(chosen, actor, force=force, back=back, group=uuid4() if together else None)
@@ -65,7 +65,7 @@ class Starter:
         self._workers.changed.send()
         return started[model]
 
-    async def _check_hands(self, models: Sequence[ModelRef]) -> None:
+    async def check_hands(self, models: Sequence[ModelRef]) -> None:
         """Raises Conflict while a model's traffic is moved by hand, unless etcd is away."""
         for model in models:
             try:
@@ -75,7 +75,7 @@ class Starter:
                 return
             if hand is not None:
                 moved = f"the traffic of model {model.model!r} is moved by hand ({hand.by})"
-                raise Conflict(f"{moved}: `lepton mesh release` ends that")
+                raise Conflict(f"{moved}: `lepton rollout resume {model.model}` ends that")
 
     async def _start_one(self, tx: Tx, model: ModelRef, version: int, wanted: "_Wanted") -> Rollout:
         assigned = await store_facts.get_version(tx, model, version)
@@ -96,11 +96,12 @@ class Starter:
             f"version {before.version} of model {model.model!r} has the same bytes and was taken back"
             f" at {before.finished_at:%Y-%m-%d %H:%M:%S %Z} ({before.reason})"
         )
-        if not force:
-            raise Conflict(f"{told}: push a better one, or use force (`--force`)")
         ends_at = before.finished_at + timedelta(seconds=before.policy.cool_down_s)
         if self._now() < ends_at:
-            raise Conflict(f"{told}: not before {ends_at:%H:%M:%S %Z}, its cool-down, not even with force")
+            cooled = f"{ends_at:%H:%M:%S %Z}, when its cool-down is over"
+            raise Conflict(f"{told}: push a better one, or use force (`--force`) after {cooled}")
+        if not force:
+            raise Conflict(f"{told}: push a better one, or use force (`--force`)")
 
 
 @dataclass(frozen=True, slots=True)

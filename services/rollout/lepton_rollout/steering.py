@@ -48,7 +48,11 @@ class Steering:
         return await self._steer(tenant, rollout, "resume", actor, reason, resumed)
 
     async def promote(self, tenant: str, rollout: UUID, actor: str, reason: str, *, full: bool) -> Rollout:
-        """It enters its next stage, or with `full` its last one, whatever stands in the way."""
+        """It enters its next stage, or with `full` its last one, whatever stands in the way, but for a person who moves
+        the traffic by hand: Conflict."""
+        async with self._db.transaction() as tx:
+            model = (await store.get_rollout(tx, tenant, rollout)).model
+        await self._starter.check_hands([model])
         why = f"promoted by {actor}: {reason}"
         return await self._steer(
             tenant, rollout, "promote", actor, reason, lambda before: advanced(before, why, full=full)

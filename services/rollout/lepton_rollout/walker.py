@@ -95,8 +95,10 @@ class Walker:
         verdict, reason = judge_loading(rollout.model, rollout.assigned, self._workers.states(), late=late)
         if verdict is Loading.FAILED:
             return failing(rollout, reason)
-        if verdict is Loading.WAIT or rollout.walk.paused:
+        if rollout.walk.paused:
             return rollout
+        if verdict is Loading.WAIT:
+            return waiting(rollout, reason)
         if obstacle := self._obstacle(rollout):
             # It was ready in time: should its workers restart while it waits, they get that time again.
             return waiting(told(rollout, now) if now > rollout.load_by else rollout, obstacle)

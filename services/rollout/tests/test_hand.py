@@ -133,6 +133,7 @@ async def test_by_hand_the_judge_only_advises_and_the_walk_goes_on_where_it_was(
         await seconds.more(60)
         by_hand = (await rollout.get(f"/v1/rollouts/{started['id']}")).json()
         refused = await rollout.post("/v1/rollouts", json={"model": model.model, "version": 3})
+        promoted = await rollout.post(f"/v1/rollouts/{started['id']}/promote", json={"reason": "it is fine"})
         seconds.error_ratio = {}
         await rollout.delete("/v1/mesh/digits")
         done = await lab.ended(rollout, started)
@@ -140,7 +141,8 @@ async def test_by_hand_the_judge_only_advises_and_the_walk_goes_on_where_it_was(
 
     assert (by_hand["state"], by_hand["by_hand"]) == ("shifting", True)
     assert "by hand" in by_hand["waiting_for"]
-    assert (refused.status_code, "moved by hand (ann)" in refused.json()["detail"]) == (409, True)
+    for each in (refused, promoted):
+        assert (each.status_code, "moved by hand (ann)" in each.json()["detail"]) == (409, True)
     assert done["state"] == "promoted"
     assert {"taken", "returned"} <= {each["action"] for each in decisions}
 

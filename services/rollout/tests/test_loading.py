@@ -51,7 +51,7 @@ def test_when_all_failed_their_reason_is_told() -> None:
 
 
 def test_a_pool_without_workers_is_waited_for_until_it_is_late() -> None:
-    assert judged()[0] is Loading.WAIT
+    assert judged() == (Loading.WAIT, "pool 'cpu' has no worker")
     assert judged(late=True) == (
         Loading.FAILED,
         "no worker of pool 'cpu' had the version ready in time (no live workers)",
