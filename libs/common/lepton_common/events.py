@@ -1,5 +1,6 @@
 """Every event in Lepton, in the order of a model's life. Facts, never commands."""
 
+from abc import ABC, abstractmethod
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar
 from uuid import UUID, uuid4
@@ -10,7 +11,7 @@ from lepton_common.errors import Invalid
 from lepton_common.types import ModelRef
 
 
-class Event(BaseModel):
+class Event(BaseModel, ABC):
     """A fact. Its id makes a repeat harmless; its subject is the Kafka key and keeps one subject's story in order."""
 
     # Unknown fields are ignored, so yesterday's reader takes tomorrow's event.
@@ -22,8 +23,9 @@ class Event(BaseModel):
     tenant: str
 
     @property
+    @abstractmethod
     def subject(self) -> str:
-        raise NotImplementedError(f"{type(self).__name__} has no subject")
+        """What the fact is about: a model, a tenant, a key."""
 
 
 class ModelEvent(Event):

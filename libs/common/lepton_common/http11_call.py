@@ -1,5 +1,6 @@
 """What the HTTP/1.1 client takes and hands back."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from enum import StrEnum
 from math import inf
@@ -32,7 +33,7 @@ class UpstreamError(Unavailable):
         self.began = began
 
 
-class Call:
+class Call(ABC):
     """One request on its way. `head` is the request line and headers, each ended by CRLF, without Content-Length."""
 
     __slots__ = ("_connection", "_done", "_repeated", "body", "deadline", "head")
@@ -45,13 +46,13 @@ class Call:
         self._repeated = False
         self._done = False
 
+    @abstractmethod
     def answered(self, status: int, headers: dict[bytes, bytes], body: bytes) -> None:
         """The whole answer is there. Header names are lower-case; the dict is shared: never change it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def failed(self, error: UpstreamError) -> None:
         """There is no answer and none will come."""
-        raise NotImplementedError
 
     def cancel(self) -> None:
         """The answer is not wanted any more. The connection it would have come on is closed, so the server notices."""

@@ -132,7 +132,7 @@ class Edge:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 await self._answer(scope, receive, send_with_id)
-            except Exception:
+            except Exception:  # The caller hears that it was ours, the log what it was.
                 _log.exception("unhandled error", method=scope["method"], path=scope["path"])
                 if started:
                     raise  # Only cutting the connection tells the caller that the answer is not whole.

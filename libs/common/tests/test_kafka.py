@@ -10,6 +10,7 @@ from lepton_common.errors import Invalid, Unavailable
 from lepton_common.events import Event, ModelCreated, VersionPromoted
 from lepton_common.kafka import TRIES, KafkaBus
 from lepton_common.kafka_client import Record
+from lepton_common.telemetry import Telemetry
 
 from .buses import Heard, a_group, dead_letters, poison, promoted, put, running_bus, send
 
@@ -178,6 +179,25 @@ async def test_an_event_that_fails_while_others_succeed_is_given_up(kafka: str) 
     story = {name: value.decode() for name, value in letter.headers}
     assert story["lepton-dlq-reason"] == "exhausted"
     assert int(story["lepton-dlq-attempts"]) >= TRIES
+
+
+async def test_an_event_whose_handling_a_library_cancels_ends_the_bus_and_comes_again(
+    kafka: str, telemetry: Telemetry
+) -> None:
+    async def cancelled(event: VersionPromoted) -> None:
+        raise asyncio.CancelledError
+
+    group, heard = a_group(), Heard()
+    bus = KafkaBus(kafka, group, telemetry)
+    bus.subscribe(VersionPromoted, cancelled)
+    await send(bus, promoted("m", 1))
+    with pytest.raises(RuntimeError, match="cancelled from inside"):
+        async with asyncio.timeout(60):
+            await bus.run()
+    await bus.close()
+    async with running_bus(kafka, (VersionPromoted, heard), group=group):
+        await heard.count(1)
+    assert heard.versions("m") == [1]
 
 
 async def test_members_of_a_group_share_the_events(kafka: str) -> None:
