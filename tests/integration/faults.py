@@ -46,7 +46,7 @@ def load_on(platform: Platform, model: str, *, port: int | None = None, timeout_
         headers["x-request-timeout-ms"] = str(timeout_ms)
     path = f"/v2/models/{model}/infer"
     port = port or platform.port
-    return Load(port, path, REQUEST, headers=headers, callers=CALLERS, check=wrong, at_most_s=110, pause_s=0.01)
+    return Load(port, path, REQUEST, headers=headers, callers=CALLERS, check=wrong, at_most_s=220, pause_s=0.01)
 
 
 def answering_version(http: httpx.Client, model: str) -> str:

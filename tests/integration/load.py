@@ -114,7 +114,8 @@ class Load:
                 return found >= wanted
 
             came = self._changed.wait_for(enough, within_s)
-        assert came, f"{found} of {wanted} answers in {within_s:g} s; {self.report()}"
+        over = " (the load was over by then)" if time.monotonic() >= self._ends_at else ""
+        assert came, f"{found} of {wanted} answers in {within_s:g} s{over}; {self.report()}"
 
     def latency_s(self, quantile: float) -> float:
         """Of the good answers; `quantile` from 0 to 1."""
