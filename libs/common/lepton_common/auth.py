@@ -13,7 +13,7 @@ from datetime import datetime
 from lepton_common.errors import Forbidden, Unauthenticated, Unavailable
 from lepton_common.etcd import EtcdClient
 from lepton_common.mirror import Mirror
-from lepton_common.records import KEYS, KeyRecord, Scope
+from lepton_common.records import KEYS, KeyLimits, KeyRecord, Scope
 
 _SECRET = re.compile(r"lp_[A-Za-z0-9_-]{43}")
 _PREFIX_CHARS = 11
@@ -28,6 +28,8 @@ _IMPLIED = {
     Scope.ADMIN: frozenset(Scope),
 }
 
+_NO_LIMITS = KeyLimits()
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -37,6 +39,8 @@ class Caller:
     scopes: frozenset[Scope]
     key_id: str
     name: str
+    models: tuple[str, ...] = ()
+    limits: KeyLimits = _NO_LIMITS
 
     def has(self, scope: Scope) -> bool:
         """Whether the caller may do what needs the scope: `deploy` may also read and test, `admin` everything."""
@@ -73,7 +77,8 @@ class Keys:
             if not self.mirror.is_synced:
                 raise Unavailable("the table of API keys is not loaded yet", retry_after_s=1)
             raise Unauthenticated("unknown API key")
-        found = Caller(record.tenant, record.scopes, record.id, record.name), record.expires_at
+        caller = Caller(record.tenant, record.scopes, record.id, record.name, record.models, record.limits)
+        found = caller, record.expires_at
         if len(self._remembered) >= _REMEMBERED:
             self._remembered.clear()
         self._remembered[secret] = found

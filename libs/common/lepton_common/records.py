@@ -159,8 +159,21 @@ class Scope(StrEnum):
     ADMIN = "admin"
 
 
+class KeyLimits(Record):
+    """What one key may use; None is no limit of the key's own. `burst` is how many requests may come at once, where
+    their mean rate is limited: None is a second's worth. `per_day` counts infer requests from midnight UTC."""
+
+    rate_per_s: Annotated[float, Field(gt=0)] | None = None
+    burst: Annotated[int, Field(ge=1)] | None = None
+    max_concurrency: Annotated[int, Field(ge=1)] | None = None
+    per_day: Annotated[int, Field(ge=1)] | None = None
+
+
 class KeyRecord(Record):
-    """An API key. Its secret is not here: the etcd key is the secret's sha256. `expires_at` None means never."""
+    """An API key. Its secret is not here: the etcd key is the secret's sha256. `expires_at` None means never.
+
+    `models` are patterns (`fraud-*`) of the names that the key is for; none of them means every model of its tenant.
+    """
 
     id: str
     prefix: str
@@ -169,3 +182,5 @@ class KeyRecord(Record):
     scopes: frozenset[Scope]
     created_at: AwareDatetime
     expires_at: AwareDatetime | None = None
+    models: tuple[str, ...] = ()
+    limits: KeyLimits = KeyLimits()
