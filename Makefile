@@ -11,7 +11,7 @@ TESTS := $(addsuffix /tests,$(PACKAGES)) tests
 # Some images set it. Without bytecode every process compiles its sources again, and the tests start hundreds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup quickstart test check format bench up down
+.PHONY: help setup quickstart test check format bench proto up down
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,11 @@ format: setup ## put the code into the house's format
 
 bench: setup ## measure the serving path beside onnxruntime, MLServer, LitServe and Triton
 	$(BIN)/python -m benchmarks.serving
+
+proto: setup ## generate the gateway's messages from inference.proto
+	cd services/gateway/lepton_gateway && $(CURDIR)/$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. inference.proto
+# A pool of its own: other clients' messages in the same process have the same names.
+	sed -i 's/_descriptor_pool.Default()/_descriptor_pool.DescriptorPool()/' services/gateway/lepton_gateway/inference_pb2.py
 
 up: setup ## start the whole platform on this machine, in the background
 	$(BIN)/lepton up --detach

@@ -32,7 +32,7 @@ class UpstreamLimits:
 
     max_connections: int = 512
     max_waiting: int = 4096
-    max_response_bytes: int = 256 << 20
+    max_response_bytes: int = 257 << 20
     max_header_bytes: int = 64 << 10
     connect_timeout_s: float = 2.0
     idle_s: float = 30.0

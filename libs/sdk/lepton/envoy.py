@@ -13,12 +13,13 @@ from lepton.processes import StartFailed, free_port, http_get
 _TYPES = "type.googleapis.com/"
 _MONITORS = f"{_TYPES}envoy.extensions.resource_monitors"
 # The mesh keeps a whole request body, of the largest size the gateway lets through, to send it to another worker.
-_MESH_BUFFER_BYTES = 65 * 1024 * 1024
+_MESH_BUFFER_BYTES = 257 * 1024 * 1024
 _FRONT_BUFFER_BYTES = 4 * 1024 * 1024
 # Services close a connection after 75 s without a request. Envoy does so earlier, or it would use one that just closes.
 _UPSTREAM_IDLE = "60s"
 _DOWNSTREAM_IDLE = "3600s"
-_SERVICES = ("gateway", "registry", "rollout", "monitor")
+_SERVICES = ("gateway", "gateway-grpc", "registry", "rollout", "monitor")
+_GRPC_SERVICES = ("inference.GRPCInferenceService", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
 
 # The connection's own address, whatever the client claims. Envoy itself would write the machine's outer address for a
 # client on loopback.
@@ -32,8 +33,9 @@ _OIP_ERROR = {"error": "%LOCAL_REPLY_BODY%"}
 
 @dataclass(frozen=True, slots=True)
 class Envoy:
-    """One Envoy. `services` says on which loopback ports gateway, registry, rollout and monitor listen; one that is
-    left out answers 503. The mesh's clusters, endpoints and routes are `mesh_dir`'s cds.json, eds/*.json, rds.json."""
+    """One Envoy. `services` says on which loopback ports gateway (for HTTP and for gRPC), registry, rollout and monitor
+    listen; one that is left out answers 503. The mesh's clusters, endpoints and routes are `mesh_dir`'s cds.json,
+    eds/*.json, rds.json."""
 
     folder: Path
     mesh_dir: Path
@@ -97,7 +99,9 @@ class Envoy:
                     _listener("front", self.front_port, _FRONT_BUFFER_BYTES, _front()),
                     _listener("mesh", self.mesh_port, _MESH_BUFFER_BYTES, _mesh(self.mesh_dir / "rds.json")),
                 ],
-                "clusters": [_cluster(name, self.services.get(name)) for name in _SERVICES],
+                "clusters": [
+                    _cluster(name, self.services.get(name), grpc=name.endswith("-grpc")) for name in _SERVICES
+                ],
             },
             "overload_manager": {
                 "resource_monitors": [
@@ -108,9 +112,10 @@ class Envoy:
 
 
 def _front() -> dict[str, Any]:
-    """The front door's connection manager: `/v2` to the gateway, `/v1` to registry, rollout and monitor."""
+    """The front door's connection manager: `/v2` and gRPC to the gateway, `/v1` to registry, rollout and monitor."""
     routes = [
         _route("/v2", "gateway", repeatable=True),
+        *(_route(f"/{name}", "gateway-grpc", repeatable=True) for name in _GRPC_SERVICES),
         *(_route(f"/v1/{noun}", "rollout") for noun in ("rollouts", "serving", "policies", "mesh")),
         _route("/v1/windows", "monitor"),
         _route("/v1", "registry"),
@@ -212,13 +217,13 @@ def _route(path: str, cluster: str, *, repeatable: bool = False) -> dict[str, An
     }
 
 
-def _cluster(name: str, port: int | None) -> dict[str, Any]:
+def _cluster(name: str, port: int | None, *, grpc: bool) -> dict[str, Any]:
     endpoints = [{"endpoint": {"address": _address(port)}}] if port else []
     limits = ("max_connections", "max_pending_requests", "max_requests", "max_retries")
     options = {
         "@type": f"{_TYPES}envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
         "common_http_protocol_options": {"idle_timeout": _UPSTREAM_IDLE},
-        "explicit_http_config": {"http_protocol_options": {}},
+        "explicit_http_config": {"http2_protocol_options" if grpc else "http_protocol_options": {}},
     }
     return {
         "name": name,

@@ -9,7 +9,7 @@ from typing import Any
 from warnings import catch_warnings
 
 import onnx
-from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, EncodeError
 from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model, uses_external_data
 
 from lepton.errors import Invalid, TooLarge

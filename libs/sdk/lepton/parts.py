@@ -63,7 +63,7 @@ def choose_ports(
     """Every role's port. Those chosen `before` stay, unless something else took one meanwhile; with `keep` they stay
     in any case, because a part that still runs knows them. The front door is at 8080 when that is free."""
     roles = ["front", "mesh", "envoy-admin", "kafka", "kafka-controller", "postgres", "etcd", "etcd-peer"]
-    roles += ["registry", "rollout", "monitor", "gateway", *worker_pools(workers, pools)]
+    roles += ["registry", "rollout", "monitor", "gateway", "gateway-grpc", *worker_pools(workers, pools)]
     wanted = {"front": FRONT_PORT} | before
     if front and not keep:
         wanted["front"] = front
@@ -93,7 +93,7 @@ def make_parts(
         kafka = _kafka(home, ports)
         servers.append(kafka)
         settings["LEPTON_KAFKA"] = kafka.address
-    upstreams = {name: ports[name] for name in ("gateway", "registry", "rollout", "monitor")}
+    upstreams = {name: ports[name] for name in ("gateway", "gateway-grpc", "registry", "rollout", "monitor")}
     folder, mesh_dir = home.folder / "envoy", home.folder / "mesh"
     envoy = Envoy(folder, mesh_dir, upstreams, ports["front"], ports["mesh"], ports["envoy-admin"])
     services = _services(home, ports, worker_pools(workers, pools), envoy, settings)
@@ -126,6 +126,7 @@ def _services(
         "monitor": {},
         "gateway": {
             "LEPTON_GATEWAY_ID": "gateway",
+            "LEPTON_GRPC_PORT": str(ports["gateway-grpc"]),
             "LEPTON_MESH": envoy.mesh,
             "LEPTON_ROLLOUT_URL": f"http://127.0.0.1:{ports['rollout']}",
             "LEPTON_KEYLESS_LOOPBACK": "true",

@@ -10,6 +10,7 @@ import time
 from functools import partial
 
 import httpx
+from lepton_common import http2
 from lepton_common.auth import Keys
 from lepton_common.etcd import EtcdClient
 from lepton_common.http11 import Server, ServerLimits
@@ -28,6 +29,7 @@ from lepton_gateway.proxy import Proxy
 from lepton_gateway.reporter import Reporter
 from lepton_gateway.repository import Repository
 from lepton_gateway.routes import Routes
+from lepton_gateway.rpc_api import RpcApi
 from lepton_gateway.settings import Settings
 from lepton_gateway.shadows import MAX_COPIES, Shadows
 from lepton_gateway.tracing import Tracing
@@ -71,6 +73,8 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
         service.prepare(mirror.synced)
     service.background(reporter.run)
     service.serve(server)
+    rpc_api = RpcApi(api.handle, service.readiness, settings.max_body_bytes)
+    service.serve(http2.Server(rpc_api.handle), port=settings.grpc_port)
     return service
 
 

@@ -24,5 +24,7 @@ class Settings(CommonSettings):
     """what tells this gateway from the others, 1 to 80 characters without / and blanks"""
     keyless_loopback: bool = False
     """whether callers on this machine may infer for the tenant `default` without a key"""
-    max_body_bytes: Annotated[int, Field(gt=0)] = 64 << 20
-    """bytes of a request's body, as sent"""
+    grpc_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """port to listen on for gRPC, 0 for any free one"""
+    max_body_bytes: Annotated[int, Field(gt=0)] = 256 << 20
+    """bytes of a request's body, or of a gRPC message, as sent"""

@@ -16,7 +16,7 @@ from typing import Any
 
 import onnx
 import onnxruntime
-from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, Message
 from lepton_common.errors import Invalid
 from lepton_common.signature import Signature, TensorSpec
 from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
@@ -86,7 +86,7 @@ def _parse(path: Path) -> onnx.ModelProto:
     model = onnx.ModelProto()
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            model.ParseFromString(memoryview(data))
+            model.ParseFromString(memoryview(data))  # type: ignore[arg-type] # a view spares the copy, and is taken
     except (DecodeError, ValueError) as error:  # ValueError: an empty file cannot be mapped.
         if "alloc" in str(error):
             raise MemoryError from error

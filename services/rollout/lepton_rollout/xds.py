@@ -20,7 +20,7 @@ from lepton_rollout.mesh import (
 # The name of the route configuration that the bootstrap's mesh listener asks for.
 ROUTES = "mesh"
 # A request can go to another worker only if its body is still at hand: LEPTON_MAX_BODY_BYTES and a little.
-_BUFFER_BYTES = 65 * 1024 * 1024
+_BUFFER_BYTES = 257 * 1024 * 1024
 _TYPE = "type.googleapis.com/envoy"
 _CATCH_ALL = "unknown-model"
 _BACKOFF_MS = 5

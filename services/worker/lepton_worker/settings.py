@@ -32,7 +32,7 @@ class Settings(CommonSettings):
     """threads of one run"""
     load_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     """seconds that the first load of an artifact may take"""
-    max_body_bytes: Annotated[int, Field(gt=0)] = 64 << 20
+    max_body_bytes: Annotated[int, Field(gt=0)] = 257 << 20
     """bytes of a request's body, decompressed"""
 
 

@@ -1,0 +1,96 @@
+"""The HTTP/2 server under gRPC: asyncio.Protocol, no task, future or timer per request.
+
+    server = Server(handler)                  # handler(stream) -> Sink | None, on the loop's thread
+    await server.start("127.0.0.1", 8001)
+    stream.reply(head, body, trailers)        # once; an answer to a peer that left is dropped
+    await server.drain(grace_s=10)
+
+Cleartext with prior knowledge, as gRPC speaks it inside a mesh. An echoed request costs 1.6 times the CPU that it costs
+on `http11.py`; on grpc.aio it costs 28 times. It is as safe: limits on every size and time, on how many streams a peer
+may have, and on frames that cost it nothing (rapid reset, floods of pings, settings, continuations).
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lepton_common.http2_connection import Connection
+from lepton_common.http2_frames import Code, RequestHead, literal
+from lepton_common.http2_stream import Sink, Stream
+
+__all__ = ["Code", "Handler", "RequestHead", "Server", "ServerLimits", "Sink", "Stream", "literal"]
+
+Handler = Callable[[Stream], Sink | None]
+
+_SWEEP_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """What a peer may cost. Windows are in bytes: so much may be under way of one body, and of all of them."""
+
+    max_header_bytes: int = 32 << 10
+    max_streams: int = 1024
+    stream_window: int = 1 << 20
+    connection_window: int = 8 << 20
+    max_cheap_frames: int = 1000  # in a tenth of a second
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 60.0
+    idle_timeout_s: float = 3600.0
+    write_timeout_s: float = 30.0
+
+
+class Server:
+    """Listens on one address and hands every request to `handler` as soon as its headers are there."""
+
+    def __init__(self, handler: Handler, limits: ServerLimits | None = None) -> None:
+        self.handler = handler
+        self.limits = limits or ServerLimits()
+        self.connections: set[Connection] = set()
+        self.rejected = 0
+        self.now = 0.0  # loop time of the last sweep
+        self.loop: asyncio.AbstractEventLoop
+        self._empty = asyncio.Event()
+        self._listener: asyncio.Server | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def start(self, host: str, port: int = 0) -> None:
+        """Accept connections on host:port; port 0 takes a free one, see `address`."""
+        self.loop = asyncio.get_running_loop()
+        self._sweep()
+        self._listener = await self.loop.create_server(lambda: Connection(self), host, port, backlog=1024)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        assert self._listener is not None, "the server is not started"
+        host, port = self._listener.sockets[0].getsockname()[:2]
+        return str(host), int(port)
+
+    async def drain(self, grace_s: float) -> None:
+        """Accept no more, let what is in flight finish within `grace_s`, then close everything."""
+        if self._listener is not None:
+            self._listener.close()
+        for connection in tuple(self.connections):
+            connection.leave()
+        try:
+            async with asyncio.timeout(grace_s):
+                while self.connections:
+                    self._empty.clear()
+                    await self._empty.wait()
+        except TimeoutError:
+            for connection in tuple(self.connections):
+                connection.abort()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def lost(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+        if not self.connections:
+            self._empty.set()
+
+    def _sweep(self) -> None:
+        """The one timer of all connections."""
+        self.now = self.loop.time()
+        for connection in tuple(self.connections):
+            connection.sweep(self.now)
+        self._timer = self.loop.call_later(_SWEEP_S, self._sweep)

@@ -1,0 +1,234 @@
+"""ModelInfer and ModelStreamInfer: each message is the same request as over HTTP, and goes the same way."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+from google.protobuf.message import DecodeError
+from lepton_common.errors import Invalid, LeptonError
+from lepton_common.http2 import Stream
+from lepton_common.http11_request import Buffer, Head, Request
+
+from lepton_gateway import inference_pb2 as pb
+from lepton_gateway.rpc import PREFIX_BYTES, START, Call, Status, Unary, framed, status_of_http, trailers
+from lepton_gateway.rpc_codec import decode_response, encode_request, infer_target, wants_typed
+
+Handle = Callable[[Request], None]
+Metadata = tuple[tuple[bytes, bytes], ...]
+
+# Of one stream: messages that are being answered, and bytes of answers that the caller does not take.
+_MAX_UNDER_WAY = 64
+_MAX_UNSENT_BYTES = 8 << 20
+_GRAIN_S = 0.02
+
+_TOLD = (b"x-lepton-version", b"retry-after", b"x-lepton-reason")
+
+
+class Answer:
+    """What the gateway says to one request, as HTTP says it."""
+
+    def __init__(self, peer: str, then: "Callable[[Answer], None]") -> None:
+        self.peer = peer
+        self._then = then
+        self.status = 0
+        self.headers: dict[bytes, bytes] = {}
+        self.body = b""
+
+    def answer(self, head: Head, status: int, headers: bytes, body: Buffer | Any) -> None:
+        """See `http11_request.Answerer`."""
+        self.status = status
+        self.headers = dict(line.split(b": ", 1) for line in headers.split(b"\r\n") if line)
+        self.body = bytes(body) if isinstance(body, Buffer) else b"".join(body)
+        self._then(self)
+
+    @property
+    def metadata(self) -> Metadata:
+        return tuple((name, self.headers[name]) for name in _TOLD if name in self.headers)
+
+    @property
+    def error(self) -> str:
+        """The message of an answer that is none of 200."""
+        try:
+            return str(orjson.loads(self.body)["error"])
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            return "no reason given"
+
+
+def ask(
+    call: Call, handle: Handle, method: str, target: bytes, body: bytes, then: Callable[[Answer], None], **own: bytes
+) -> Request:
+    """The request is on its way; `then` is called once with its answer. `own`: further headers, with _ for -."""
+    headers = call.metadata()
+    headers.update({name.replace("_", "-").encode(): value for name, value in own.items()})
+    head = Head(method, target, headers, len(body), keep_alive=True, old=False)
+    request = Request(Answer(call.stream.peer, then), head, body)
+    handle(request)
+    return request
+
+
+def _ask_infer(call: Call, handle: Handle, data: bytes, then: Callable[[Answer, bool, bool], None]) -> Request:
+    """`then` gets the answer, whether it is wanted in typed contents, and whether a final one is to be marked."""
+    try:
+        message = pb.ModelInferRequest.FromString(data)
+    except DecodeError:
+        raise Invalid("the message is not a ModelInferRequest") from None
+    if not message.model_name:
+        raise Invalid("model_name is missing")
+    header_length, body = encode_request(message)
+    typed = wants_typed(message)
+    final = "triton_enable_empty_final_response" in message.parameters
+    return ask(
+        call,
+        handle,
+        "POST",
+        infer_target(message.model_name, message.model_version),
+        body,
+        lambda answer: then(answer, typed, final),
+        inference_header_content_length=b"%d" % header_length,
+    )
+
+
+def _response(answer: Answer, typed: bool) -> pb.ModelInferResponse:
+    return decode_response(answer.body, int(answer.headers[b"inference-header-content-length"]), typed=typed)
+
+
+class ModelInfer(Unary):
+    """One inference."""
+
+    def __init__(self, stream: Stream, max_message_bytes: int, handle: Handle) -> None:
+        super().__init__(stream, max_message_bytes)
+        self._handle = handle
+        self._request: Request | None = None
+
+    def asked(self, message: bytes) -> None:
+        self._request = _ask_infer(self, self._handle, message, self._answered)
+
+    def _answered(self, answer: Answer, typed: bool, final: bool) -> None:
+        if answer.status != 200:
+            self.end(status_of_http(answer.status), answer.error, answer.metadata)
+            return
+        try:
+            self.answer(_response(answer, typed).SerializeToString(), answer.metadata)
+        except Exception as error:  # Of this answer only.
+            self.refuse(error)
+
+    def lost(self) -> None:
+        """The caller left: the mesh and the worker hear of it."""
+        if self._request is not None and self._request.on_disconnect is not None:
+            self._request.on_disconnect()
+
+
+class ModelStreamInfer(Call):
+    """Inferences one after the other; their answers come in the same order. An error ends one inference only."""
+
+    def __init__(self, stream: Stream, max_message_bytes: int, handle: Handle) -> None:
+        super().__init__(stream, max_message_bytes)
+        self._handle = handle
+        self._buffer = bytearray()
+        self._unpaid = 0  # bytes that came and that the peer was not told to send more for
+        self._under_way: deque[_Turn] = deque()
+        self._ended = False
+        self._started = False
+
+    def received(self, data: bytes) -> None:
+        self._buffer += data
+        self._unpaid += len(data)
+        self._take()
+
+    def ended(self) -> None:
+        self._ended = True
+        self._take()
+
+    def lost(self) -> None:
+        for turn in self._under_way:
+            if turn.request is not None and turn.request.on_disconnect is not None:
+                turn.request.on_disconnect()
+        self._under_way.clear()
+        self._buffer.clear()
+
+    def _take(self) -> None:
+        """Messages that are whole are asked, as long as the caller takes the answers."""
+        while not self.stream.closed and len(self._under_way) < _MAX_UNDER_WAY:
+            if self.stream.unsent_bytes > _MAX_UNSENT_BYTES:
+                asyncio.get_running_loop().call_later(_GRAIN_S, self._take)
+                return
+            try:
+                if not self._take_one():
+                    break
+            except LeptonError as error:
+                self._finish(error)
+                return
+        if self._ended and not self._under_way and not self.stream.closed:
+            self._finish(Invalid("the last message is not whole") if self._buffer else None)
+
+    def _take_one(self) -> bool:
+        """Whether there was a whole message. Raises what makes the rest of the stream unreadable."""
+        self.stream.credit(self._unpaid)
+        self._unpaid = 0
+        prefix = bytes(self._buffer[:PREFIX_BYTES])
+        if len(prefix) < PREFIX_BYTES:
+            return False
+        end = PREFIX_BYTES + self.check_size(prefix)
+        if len(self._buffer) < end:
+            return False
+        message = self.message_of(prefix, bytes(self._buffer[PREFIX_BYTES:end]))
+        del self._buffer[:end]
+        turn = _Turn()
+        self._under_way.append(turn)
+
+        def answered(answer: Answer, typed: bool, final: bool) -> None:
+            turn.answer = _stream_response(self, answer, typed, final)
+            self._send_answers()
+
+        try:
+            turn.request = _ask_infer(self, self._handle, message, answered)
+        except Exception as error:  # It ends this inference, not the others.
+            turn.answer = pb.ModelStreamInferResponse(error_message=self.guarded(error).message)
+            self._send_answers()
+        return True
+
+    def _send_answers(self) -> None:
+        """What is answered is sent, up to the first that is not."""
+        moved = False
+        while self._under_way and (answer := self._under_way[0].answer) is not None:
+            self._under_way.popleft()
+            if not self._started:
+                self._started = True
+                self.stream.start(START)
+            self.stream.send(framed(answer.SerializeToString()))
+            moved = True
+        if moved:
+            # Not from here: answers that come at once would nest as deep as there are messages.
+            asyncio.get_running_loop().call_soon(self._take)
+
+    def _finish(self, error: LeptonError | None) -> None:
+        if error is not None and not self._started:
+            self.refuse(error)
+        elif not self._started:
+            self.end(Status.OK)
+        else:
+            self.stream.end(trailers(Status.OK) if error is None else trailers(Status.INVALID_ARGUMENT, error.message))
+
+
+class _Turn:
+    """One message of a stream."""
+
+    __slots__ = ("answer", "request")
+
+    def __init__(self) -> None:
+        self.request: Request | None = None
+        self.answer: pb.ModelStreamInferResponse | None = None
+
+
+def _stream_response(call: Call, answer: Answer, typed: bool, final: bool) -> pb.ModelStreamInferResponse:
+    if answer.status != 200:
+        return pb.ModelStreamInferResponse(error_message=answer.error)
+    try:
+        response = _response(answer, typed)
+    except Exception as error:  # Of this answer only.
+        return pb.ModelStreamInferResponse(error_message=call.guarded(error).message)
+    if final:
+        response.parameters["triton_final_response"].bool_param = True
+    return pb.ModelStreamInferResponse(infer_response=response)
