@@ -47,7 +47,10 @@ class Answerer(Protocol):
 class Request:
     """One request, complete. `headers` has lower-case names, repeats joined by ", "; it is shared: never change it."""
 
-    __slots__ = ("_connection", "_head", "answered", "body", "headers", "method", "on_disconnect", "peer", "target")
+    __slots__ = (
+        *("_connection", "_head", "answered", "background", "body", "headers", "method", "on_disconnect", "peer"),
+        "target",
+    )
 
     def __init__(self, connection: Answerer, head: Head, body: bytes) -> None:
         self._connection: Answerer | None = connection
@@ -58,6 +61,8 @@ class Request:
         self.body = body
         self.peer = connection.peer
         self.answered = False
+        # Work that yields to what callers wait for. Set by who makes the request, never by what a caller sends.
+        self.background = False
         # Called when the peer leaves before the answer.
         self.on_disconnect: Callable[[], None] | None = None
 

@@ -21,7 +21,7 @@ from lepton_common.dead_letters import Failure, Origin, Reason
 from lepton_common.envelope import Message
 from lepton_common.errors import Invalid, LeptonError, Unavailable
 from lepton_common.events import Event
-from lepton_common.kafka_client import REQUEST_TIMEOUT_S, STOP_TIMEOUT_S, Bootstrap, Producer, Record
+from lepton_common.kafka_client import Bootstrap, Producer, Record, new_consumer, stop_consumer
 from lepton_common.kafka_lanes import Lanes
 from lepton_common.telemetry import Telemetry, extract_kafka
 from lepton_common.topics import dead_letters as dead_letter_topic
@@ -103,7 +103,7 @@ class KafkaBus:
 
     async def _consume(self) -> None:
         """One consumer's life. Ends by raising."""
-        consumer = self._new_consumer()
+        consumer = new_consumer(self._bootstrap, f"lepton-{self._group}", self._instance)
         lanes = Lanes(consumer, self._handle)
         consumer.subscribe(sorted({kind.topic for kind, _ in self._handlers.values()}), listener=lanes)
         tasks: set[asyncio.Task[None]] = set()
@@ -118,30 +118,7 @@ class KafkaBus:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await lanes.stop(list(lanes.open), grace_s=0)
-            # With Kafka away aiokafka's stop() may wait for ever; without its client everything in it ends.
-            with suppress(KafkaError, OSError, TimeoutError):
-                async with asyncio.timeout(STOP_TIMEOUT_S):
-                    await consumer.stop()
-            await consumer._client.close()
-
-    def _new_consumer(self) -> AIOKafkaConsumer:
-        return AIOKafkaConsumer(
-            bootstrap_servers=self._bootstrap.servers,
-            client_id=f"lepton-{self._group}",
-            group_id=f"lepton-{self._group}",
-            group_instance_id=None if self._bootstrap.mock or not self._instance else self._instance,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            # The mock broker holds an empty fetch for the whole time. Kafka does so only for a partition that is
-            # resumed while a fetch without it is on its way; and each idle consumer asks so often.
-            fetch_max_wait_ms=10 if self._bootstrap.mock else 200,
-            isolation_level="read_uncommitted" if self._bootstrap.mock else "read_committed",
-            # The mock broker waits nearly this long at every change of a group.
-            session_timeout_ms=3_000 if self._bootstrap.mock else 10_000,
-            heartbeat_interval_ms=1_000,
-            max_poll_interval_ms=300_000,
-            request_timeout_ms=REQUEST_TIMEOUT_S * 1000,
-        )
+            await stop_consumer(consumer)
 
     async def _fetch(self, consumer: AIOKafkaConsumer, lanes: "Lanes") -> None:
         while True:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
@@ -18,7 +18,7 @@ SEND_TIMEOUT_S = 20
 STOP_TIMEOUT_S = 2
 
 _MOCK = "mock://"
-_MAX_REQUEST_BYTES = 2 * 1024 * 1024
+_MAX_REQUEST_BYTES = 16 * 1024 * 1024
 _MAX_REPLICAS = 3
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -44,6 +44,36 @@ class Record:
     key: bytes | None
     value: bytes | None
     headers: Sequence[tuple[str, bytes]]
+
+
+def new_consumer(bootstrap: Bootstrap, group: str, instance: str) -> AIOKafkaConsumer:
+    """A consumer, not started, that commits when it is told to. `instance`: this replica's own name, the same after a
+    restart, or empty."""
+    return AIOKafkaConsumer(
+        bootstrap_servers=bootstrap.servers,
+        client_id=group,
+        group_id=group,
+        group_instance_id=None if bootstrap.mock or not instance else instance,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        # The mock broker holds an empty fetch for the whole time. Kafka does so only for a partition that is
+        # resumed while a fetch without it is on its way; and each idle consumer asks so often.
+        fetch_max_wait_ms=10 if bootstrap.mock else 200,
+        isolation_level="read_uncommitted" if bootstrap.mock else "read_committed",
+        # The mock broker waits nearly this long at every change of a group.
+        session_timeout_ms=3_000 if bootstrap.mock else 10_000,
+        heartbeat_interval_ms=1_000,
+        max_poll_interval_ms=300_000,
+        request_timeout_ms=REQUEST_TIMEOUT_S * 1000,
+    )
+
+
+async def stop_consumer(consumer: AIOKafkaConsumer) -> None:
+    """Nothing of it is left. With Kafka away aiokafka's stop() may wait for ever; without its client it ends."""
+    with suppress(KafkaError, OSError, TimeoutError):
+        async with asyncio.timeout(STOP_TIMEOUT_S):
+            await consumer.stop()
+    await consumer._client.close()
 
 
 class Producer:

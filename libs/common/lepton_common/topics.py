@@ -35,8 +35,17 @@ _EVENTS = (
     Topic("lepton.telemetry", retention_days=1, partitions=12),
 )
 
+# Asked for and answered over Kafka: the one thing on topics that is no fact.
+REQUESTS = Topic("lepton.inference.requests", retention_days=7, partitions=12, max_message_bytes=8 * 1024 * 1024)
+RESULTS = Topic("lepton.inference.results", retention_days=7, partitions=12, max_message_bytes=8 * 1024 * 1024)
+
 # A dead letter is the whole message and the reason, so it may be larger than any message.
 TOPICS = (
     *_EVENTS,
-    *(Topic(dead_letters(each.name), retention_days=30, max_message_bytes=2 * 1024 * 1024) for each in _EVENTS),
+    REQUESTS,
+    RESULTS,
+    *(
+        Topic(dead_letters(each.name), retention_days=30, max_message_bytes=2 * each.max_message_bytes)
+        for each in (*_EVENTS, REQUESTS)
+    ),
 )

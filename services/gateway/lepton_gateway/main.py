@@ -1,7 +1,9 @@
 """gateway is the front door of inference: it knows keys, models and limits, and passes requests to the mesh.
 
-hears: etcd /lepton/keys (registry), /lepton/serving (rollout), /lepton/workers (worker)
-says:  InferenceWindow, every second and model, past the outbox: what Kafka cannot take is dropped
+hears: etcd /lepton/keys (registry), /lepton/serving (rollout), /lepton/workers (worker);
+       lepton.inference.requests, of anyone
+says:  lepton.inference.results; InferenceWindow, every second and model, past the outbox: what Kafka cannot take is
+       dropped
 owns:  nothing: a restart loses the last second's window at most
 """
 
@@ -16,12 +18,15 @@ from lepton_common.etcd import EtcdClient
 from lepton_common.http11 import Server, ServerLimits
 from lepton_common.http11_client import Upstream, UpstreamLimits
 from lepton_common.kafka_client import Bootstrap, Producer, ensure_topics
+from lepton_common.kafka_intake import Intake, Sender
 from lepton_common.mirror import Mirror
 from lepton_common.records import SERVING, WORKERS, Serving, WorkerState
 from lepton_common.service import Service, run
 from lepton_common.telemetry import Telemetry, configure
+from lepton_common.topics import REQUESTS
 
 from lepton_gateway.api import Api
+from lepton_gateway.async_inference import GROUP, AsyncInference, Room
 from lepton_gateway.callers import Callers
 from lepton_gateway.logs import LogSettings
 from lepton_gateway.metrics import Metrics
@@ -72,6 +77,26 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
         service.background(mirror.run)
         service.prepare(mirror.synced)
     service.background(reporter.run)
+    room = Room(settings.async_concurrency, time.monotonic)
+    sender = Sender(Producer(Bootstrap.parse(settings.kafka), "gateway-results"))
+    inference = AsyncInference(
+        api.handle,
+        sender.send,
+        room,
+        telemetry.registry,
+        timeout_s=settings.async_timeout_s,
+        reply_topics=[each for each in settings.reply_topics.split(",") if each],
+    )
+    intake = Intake(
+        Bootstrap.parse(settings.kafka),
+        REQUESTS.name,
+        GROUP,
+        inference.handle,
+        room.size,
+        instance=settings.instance,
+    )
+    service.on_close(sender.close)
+    service.background(intake.run)
     service.serve(server)
     rpc_api = RpcApi(api.handle, service.readiness, settings.max_body_bytes)
     service.serve(http2.Server(rpc_api.handle), port=settings.grpc_port)

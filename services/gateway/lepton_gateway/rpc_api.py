@@ -15,10 +15,11 @@ from lepton_common.http2 import Sink, Stream
 
 from lepton_gateway import inference_pb2 as pb
 from lepton_gateway import rpc_reflection
+from lepton_gateway.answers import Answer, Handle
 from lepton_gateway.rpc import Refusal, Status, Unary, not_grpc, status_of_http
 from lepton_gateway.rpc_codec import model_target, parameters_of
 from lepton_gateway.rpc_health import Check, Watch
-from lepton_gateway.rpc_infer import Answer, Handle, ModelInfer, ModelStreamInfer, ask
+from lepton_gateway.rpc_infer import ModelInfer, ModelStreamInfer, ask, metadata_of
 
 SERVICE = "inference.GRPCInferenceService"
 _HEALTH = "grpc.health.v1.Health"
@@ -174,7 +175,7 @@ class Asked(Unary):
 
     def _answered(self, answer: Answer) -> None:
         if answer.status != 200 and answer.status not in self._method.also:
-            self.end(status_of_http(answer.status), answer.error, answer.metadata)
+            self.end(status_of_http(answer.status), answer.error, metadata_of(answer))
             return
         try:
             document = orjson.loads(answer.body) if answer.body else None

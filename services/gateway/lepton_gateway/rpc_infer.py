@@ -3,19 +3,17 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
-import orjson
 from google.protobuf.message import DecodeError
 from lepton_common.errors import Invalid, LeptonError
 from lepton_common.http2 import Stream
-from lepton_common.http11_request import Buffer, Head, Request
+from lepton_common.http11_request import Request
 
 from lepton_gateway import inference_pb2 as pb
+from lepton_gateway.answers import Answer, Handle, request
 from lepton_gateway.rpc import PREFIX_BYTES, START, Call, Status, Unary, framed, status_of_http, trailers
 from lepton_gateway.rpc_codec import decode_response, encode_request, infer_target, wants_typed
 
-Handle = Callable[[Request], None]
 Metadata = tuple[tuple[bytes, bytes], ...]
 
 # Of one stream: messages that are being answered, and bytes of answers that the caller does not take.
@@ -26,34 +24,9 @@ _GRAIN_S = 0.02
 _TOLD = (b"x-lepton-version", b"retry-after", b"x-lepton-reason")
 
 
-class Answer:
-    """What the gateway says to one request, as HTTP says it."""
-
-    def __init__(self, peer: str, then: "Callable[[Answer], None]") -> None:
-        self.peer = peer
-        self._then = then
-        self.status = 0
-        self.headers: dict[bytes, bytes] = {}
-        self.body = b""
-
-    def answer(self, head: Head, status: int, headers: bytes, body: Buffer | Any) -> None:
-        """See `http11_request.Answerer`."""
-        self.status = status
-        self.headers = dict(line.split(b": ", 1) for line in headers.split(b"\r\n") if line)
-        self.body = bytes(body) if isinstance(body, Buffer) else b"".join(body)
-        self._then(self)
-
-    @property
-    def metadata(self) -> Metadata:
-        return tuple((name, self.headers[name]) for name in _TOLD if name in self.headers)
-
-    @property
-    def error(self) -> str:
-        """The message of an answer that is none of 200."""
-        try:
-            return str(orjson.loads(self.body)["error"])
-        except (orjson.JSONDecodeError, KeyError, TypeError):
-            return "no reason given"
+def metadata_of(answer: Answer) -> Metadata:
+    """What a caller hears beside the message."""
+    return tuple((name, answer.headers[name]) for name in _TOLD if name in answer.headers)
 
 
 def ask(
@@ -62,10 +35,9 @@ def ask(
     """The request is on its way; `then` is called once with its answer. `own`: further headers, with _ for -."""
     headers = call.metadata()
     headers.update({name.replace("_", "-").encode(): value for name, value in own.items()})
-    head = Head(method, target, headers, len(body), keep_alive=True, old=False)
-    request = Request(Answer(call.stream.peer, then), head, body)
-    handle(request)
-    return request
+    asked = request(method, target, headers, body, then, call.stream.peer)
+    handle(asked)
+    return asked
 
 
 def _ask_infer(call: Call, handle: Handle, data: bytes, then: Callable[[Answer, bool, bool], None]) -> Request:
@@ -107,10 +79,10 @@ class ModelInfer(Unary):
 
     def _answered(self, answer: Answer, typed: bool, final: bool) -> None:
         if answer.status != 200:
-            self.end(status_of_http(answer.status), answer.error, answer.metadata)
+            self.end(status_of_http(answer.status), answer.error, metadata_of(answer))
             return
         try:
-            self.answer(_response(answer, typed).SerializeToString(), answer.metadata)
+            self.answer(_response(answer, typed).SerializeToString(), metadata_of(answer))
         except Exception as error:  # Of this answer only.
             self.refuse(error)
 

@@ -28,3 +28,9 @@ class Settings(CommonSettings):
     """port to listen on for gRPC, 0 for any free one"""
     max_body_bytes: Annotated[int, Field(gt=0)] = 256 << 20
     """bytes of a request's body, or of a gRPC message, as sent"""
+    async_concurrency: Annotated[int, Field(ge=1, le=10_000)] = 256
+    """most requests over Kafka that are worked on at a time"""
+    async_timeout_s: Annotated[float, Field(gt=0, le=604_800)] = 3600.0
+    """seconds from its writing that a request over Kafka is tried which says nothing of it"""
+    reply_topics: Annotated[str, Field(pattern=r"^[A-Za-z0-9._*?,-]*$")] = ""
+    """topics beside lepton.inference.results that answers may be asked for on, patterns like team-*,audit"""

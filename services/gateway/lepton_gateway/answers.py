@@ -1,0 +1,46 @@
+"""Requests that did not come over HTTP, asked of the gateway as the HTTP requests that mean the same."""
+
+from collections.abc import Callable, Sequence
+
+import orjson
+from lepton_common.http11_request import Buffer, Head, Request
+
+Handle = Callable[[Request], None]
+
+
+class Answer:
+    """What the gateway says to one request, as HTTP says it; `then` is called with it once it is there."""
+
+    __slots__ = ("_then", "body", "headers", "peer", "status")
+
+    def __init__(self, peer: str, then: "Callable[[Answer], None]") -> None:
+        self.peer = peer
+        self._then = then
+        self.status = 0
+        self.headers: dict[bytes, bytes] = {}
+        self.body = b""
+
+    def answer(self, head: Head, status: int, headers: bytes, body: Buffer | Sequence[Buffer]) -> None:
+        """See `http11_request.Answerer`."""
+        self.status = status
+        for line in headers.split(b"\r\n")[:-1]:
+            name, _, value = line.partition(b": ")
+            self.headers[name] = value
+        self.body = bytes(body) if isinstance(body, Buffer) else b"".join(body)
+        self._then(self)
+
+    @property
+    def error(self) -> str:
+        """The message of an answer whose status is not 200."""
+        try:
+            return str(orjson.loads(self.body)["error"])
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            return "no reason given"
+
+
+def request(
+    method: str, target: bytes, headers: dict[bytes, bytes], body: bytes, then: Callable[[Answer], None], peer: str = ""
+) -> Request:
+    """The request, not yet handled. Header names are in lower case. Without a peer it came from no machine we know."""
+    head = Head(method, target, headers, len(body), keep_alive=True, old=False)
+    return Request(Answer(peer, then), head, body)
