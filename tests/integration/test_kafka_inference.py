@@ -56,7 +56,12 @@ class Topic:
 
 
 def headers(message: Message) -> dict[str, str]:
-    return {name: bytes(value or b"").decode() for name, value in message.headers() or []}
+    return {name: (value or b"").decode() for name, value in pairs(message)}
+
+
+def pairs(message: Message) -> list[tuple[str, bytes | None]]:
+    found: Any = message.headers()  # whose type is that of what may be written
+    return list(found or [])
 
 
 def answers_to(request_id: str) -> Callable[[Message], bool]:

@@ -103,7 +103,7 @@ class KafkaBus:
 
     async def _consume(self) -> None:
         """One consumer's life. Ends by raising."""
-        consumer = new_consumer(self._bootstrap, f"lepton-{self._group}", self._instance)
+        consumer = self._new_consumer()
         lanes = Lanes(consumer, self._handle)
         consumer.subscribe(sorted({kind.topic for kind, _ in self._handlers.values()}), listener=lanes)
         tasks: set[asyncio.Task[None]] = set()
@@ -119,6 +119,9 @@ class KafkaBus:
             await asyncio.gather(*tasks, return_exceptions=True)
             await lanes.stop(list(lanes.open), grace_s=0)
             await stop_consumer(consumer)
+
+    def _new_consumer(self) -> AIOKafkaConsumer:
+        return new_consumer(self._bootstrap, f"lepton-{self._group}", self._instance)
 
     async def _fetch(self, consumer: AIOKafkaConsumer, lanes: "Lanes") -> None:
         while True:
