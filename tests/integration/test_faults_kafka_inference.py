@@ -108,7 +108,7 @@ def write_with_confluent(servers: str, count: int, secret: str) -> None:
     for request_id, value, headers in messages("confluent", count, secret):
         while True:
             try:
-                producer.produce(REQUESTS, value, request_id, headers=headers)
+                producer.produce(REQUESTS, value, request_id, headers=dict(headers))
                 break
             except (BufferError, KafkaException):
                 producer.poll(0.1)
