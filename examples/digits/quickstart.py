@@ -12,12 +12,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import lepton
 import numpy as np
 import stamina
 from digits import Array, broken, show_digits, split_digits, train, train_better
+from lepton.endpoint import home
 from lepton.evidence import is_over
+from lepton.home import Home
 from lepton.report import page
 from lepton.rollouts import Rollout, RolloutState
 from lepton.watch import looks
@@ -26,6 +29,7 @@ from rich.markup import escape
 from rich.text import Text
 from sklearn.neural_network import MLPClassifier
 from users import Users, failed, told
+from ways import by_grpc, by_kafka
 
 MODEL = "digits"
 BATCH = 50
@@ -49,6 +53,7 @@ def main() -> None:
     with lepton.Client() as client:
         serve(client, model)
         call(client, test_images, test_labels)
+        call_otherwise(client, test_images[0], int(test_labels[0]))
 
         console.print("\n[bold]A better version earns its traffic[/]\n")
         with step("Train", "a larger network, also on images moved by a pixel"):
@@ -103,6 +108,19 @@ def call(client: lepton.Client, images: Array, labels: Array) -> None:
     p50, p99 = np.percentile(latencies_ms, [50, 99])
     note(f"p50 [bold]{p50:.1f} ms[/], p99 [bold]{p99:.1f} ms[/], measured in this process")
     show_digits(console, images, labels, predicted, confidence)
+
+
+def call_otherwise(client: lepton.Client, image: Array, digit: int) -> None:
+    """The same model over gRPC and over Kafka, by clients that do not import Lepton."""
+    with step("Call", "it over gRPC, with NVIDIA's client"):
+        found = by_grpc(urlsplit(client.endpoint.url).netloc, MODEL, image)
+    note(f"a {digit} is read as [bold]{found}[/]")
+    layout = Home.at(home()).layout()
+    if "LEPTON_URL" in os.environ or layout is None or client.endpoint.key is None:
+        return  # A platform elsewhere has its Kafka elsewhere.
+    with step("Write", "it to the Kafka topic lepton.inference.requests, and read lepton.inference.results"):
+        found = by_kafka(layout.kafka.removeprefix("mock://"), client.endpoint.key, MODEL, image)
+    note(f"a {digit} is read as [bold]{found}[/]")
 
 
 def predict_in_batches(client: lepton.Client, images: Array) -> tuple[Array, Array]:

@@ -42,6 +42,7 @@ def test_the_quickstart_tells_its_story_and_a_second_one_starts_over(environment
         (percent,) = re.findall(r"([\d.]+)% are read right", story)
         assert float(percent) >= 95
         assert "version 1, " in story
+        assert len(re.findall(r"a (\d) is read as \1", story)) == 2, "by gRPC and by Kafka"
         earned, lost = story.split(f"Roll  version {better} ")[1].split(f"Roll  version {broken} ")
         assert "100 % of the users" in earned
         assert "promoted" in earned

@@ -212,6 +212,7 @@ def _wait_until_ready(home: "Home", failure: "Callable[[], LeptonError | None]",
             "[bold yellow]Kafka is a mock in memory: events are lost when it restarts.[/] `lepton doctor` says why."
         )
     console.print(f"Lepton is ready at [bold]{layout.url}[/] ({time.monotonic() - begun:.1f} s)")
+    progress_console.print(f"[dim]HTTP and gRPC there, Kafka at {layout.kafka}[/]")
 
 
 def _progress(states: "list[PartState]") -> "RenderableType":

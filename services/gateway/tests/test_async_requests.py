@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lepton_common import foreign
 from lepton_common.errors import Invalid
 from lepton_common.kafka_intake import Asked
+from lepton_gateway.answers import Answer
 from lepton_gateway.answers import request as ask
 from lepton_gateway.async_inference import Room
 from lepton_gateway.async_requests import AsyncRequest, outcome_of, request_of
@@ -89,7 +90,7 @@ def test_answers_go_to_other_topics_only_where_the_operator_allows_it() -> None:
 
 
 def test_the_outcome_tells_version_status_and_times() -> None:
-    found = []
+    found: list[Answer] = []
     ask("POST", b"/", {}, b"", found.append).respond(
         200, b"content-type: application/json\r\nx-lepton-version: 4\r\n", b"{}"
     )
