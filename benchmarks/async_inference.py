@@ -2,8 +2,8 @@
 
     python -m benchmarks.async_inference [--requests N]
 
-One platform of one worker, all of it, the producer, the consumer and the callers on this machine. Callers come over HTTP
-as a Poisson process that waits for no answer; first alone, then while the requests from Kafka are worked on.
+One platform of one worker, all of it, the producer, the consumer and the callers on this machine. Callers come over
+HTTP as a Poisson process that waits for no answer; first alone, then while the requests from Kafka are worked on.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def work_off(kafka: str, key: str, count: int, body: bytes) -> float:
     producer = Producer({"bootstrap.servers": kafka, "linger.ms": 5, "queue.buffering.max.messages": count + 1000})
     began, found = time.perf_counter(), 0
     for number in range(count):
-        headers = {"id": f"{run}-{number}", "authorization": f"Bearer {key}"}
+        headers: dict[str, str | bytes | None] = {"id": f"{run}-{number}", "authorization": f"Bearer {key}"}
         producer.produce("lepton.inference.requests", body, headers=headers)
     producer.flush()
     with Progress(console=console, transient=True) as progress:
