@@ -40,6 +40,7 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_chunks",
         "_continue_owed",
+        "_count",
         "_half_closed",
         "_head",
         "_headers",
@@ -73,6 +74,7 @@ class Connection(asyncio.Protocol):
         self._target = b""
         self._chunks: list[bytes] = []
         self._size = 0  # bytes of target and headers, then of body
+        self._count = 0  # of headers
         self._stalled = 0  # bytes read since the message last got anywhere
         self._progress = False
         self._queue: deque[Request] = deque()
@@ -167,6 +169,7 @@ class Connection(asyncio.Protocol):
         self._headers = {}
         self._chunks = []
         self._size = 0
+        self._count = 0
         self.deadline = self._server.now + self._server.limits.header_timeout_s
 
     def on_url(self, url: bytes) -> None:
@@ -181,6 +184,9 @@ class Connection(asyncio.Protocol):
         self._size += len(name) + len(value)
         if self._size > self._server.limits.max_header_bytes:
             raise _Refused(431, f"headers: more than {self._server.limits.max_header_bytes} bytes")
+        self._count += 1
+        if self._count > self._server.limits.max_headers:
+            raise _Refused(431, f"headers: more than {self._server.limits.max_headers}")
         name = name.lower()
         if name in self._headers:
             if name == b"host":
