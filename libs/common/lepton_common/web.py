@@ -32,7 +32,7 @@ MAX_BODY_BYTES = 1024 * 1024
 _BODY_TIMEOUT_S = 60.0
 
 _TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES} bytes"
-# For answers to bodies that are not read to their end: the connection cannot be used again.
+# For answers to bodies that are not read to their end, so that the connection cannot be used again.
 _CLOSE = {"Connection": "close"}
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _OPERATIONAL = ("/health/", "/metrics")
@@ -179,7 +179,7 @@ def _limited(receive: Receive) -> Receive:
             raise HTTPException(408, f"the body was not here in {_BODY_TIMEOUT_S:g} s", _CLOSE) from None
         received += len(message.get("body", b""))
         if received > MAX_BODY_BYTES:
-            raise HTTPException(413, _TOO_LARGE, _CLOSE)
+            raise HTTPException(413, _TOO_LARGE)  # The rest is read and thrown away: else it would cost the answer.
         if not message.get("more_body", False):
             deadline = None
         return message
