@@ -98,7 +98,7 @@ def known(platform: Platform) -> dict[str, str]:
 def test_every_service_behind_the_front_door_is_here(platform: Platform) -> None:
     bootstrap = json.loads((platform.home.folder / "envoy" / "bootstrap.json").read_bytes())
     clusters = {cluster["name"] for cluster in bootstrap["static_resources"]["clusters"]}
-    assert clusters == {*SERVICES, "gateway"}
+    assert clusters == {*SERVICES, "gateway", "gateway-grpc"}
 
 
 @pytest.mark.parametrize("service", SERVICES)

@@ -60,7 +60,7 @@ def mutations(seed: int, count: int, datatype: str = "FP32") -> Iterator[tuple[b
     for number in range(count):
         body, length = bases[number % 2]
         for _ in range(chance.choice((1, 1, 1, 2, 3, 8))):
-            body = _mutated(body, chance)
+            body = mutated(body, chance)
         if length is not None and chance.random() < 0.3:
             length = chance.choice((0, 1, length - 1, length + 1, len(body), len(body) + 1, 2**31, 2**63))
         elif length is None and chance.random() < 0.05:
@@ -68,7 +68,8 @@ def mutations(seed: int, count: int, datatype: str = "FP32") -> Iterator[tuple[b
         yield body, length
 
 
-def _mutated(body: bytes, chance: random.Random) -> bytes:
+def mutated(body: bytes, chance: random.Random) -> bytes:
+    """The body with one thing changed."""
     start = chance.randint(0, len(body))
     end = min(len(body), start + chance.choice((0, 1, 1, 2, 4, 16, len(body))))
     match chance.randint(0, 5):

@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
+from tritonclient.grpc import InferenceServerClient, InferInput
+from tritonclient.utils import InferenceServerException
 
 from ..integration.local_platform import Platform
-from ..integration.oip_requests import GOOD
+from ..integration.oip_requests import GOOD, ROW
 from ..integration.test_v1_apis import OPERATIONS
 from .hostile import METHODS, assert_tells_nothing, calling
 
@@ -68,6 +71,28 @@ def test_page_gets_nothing_from_what_is_inside(platform: Platform, mlp: str) -> 
         for path in ("/v3/kv/put", "/v3/kv/range", "/v3/lease/grant", "/v3/maintenance/snapshot", "/v2/keys/a"):
             with pytest.raises(AssertionError, match=path):  # etcd lets pages read, but there is nothing to read
                 assert etcd.ask("POST", path, etcd_put)[0] != 404
+
+
+def test_page_gets_nothing_by_grpc(platform: Platform, mlp: str) -> None:
+    """Browsers speak no HTTP/2 without TLS, but the front door takes gRPC's paths over HTTP/1.1 too."""
+    with calling(platform.port, origin="https://evil.example") as caller:
+        for method in ("GET", "POST", "PUT"):
+            for content_type in ("text/plain", "application/x-www-form-urlencoded"):
+                path = "/inference.GRPCInferenceService/ModelInfer"
+                status, _ = caller.ask(method, path, bytes(5), content_type=content_type)
+                assert 400 <= status < 500, (method, content_type)
+    tensor = InferInput("x", [1, 4], "FP32").set_data_from_numpy(np.array([ROW], np.float32))
+    with InferenceServerClient(
+        platform.address, channel_args=[("grpc.default_authority", "evil.example:8080")]
+    ) as rebound:
+        with pytest.raises(InferenceServerException, match="header host"):
+            rebound.infer(mlp, [tensor])
+        with pytest.raises(InferenceServerException, match="header host"):
+            rebound.get_model_metadata(mlp)
+    with InferenceServerClient(platform.address) as program:
+        assert program.infer(mlp, [tensor])
+        with pytest.raises(InferenceServerException, match="header origin"):
+            program.infer(mlp, [tensor], headers={"origin": "https://evil.example"})
 
 
 def test_program_of_this_machine_needs_no_key_and_pages_of_it_neither(platform: Platform, mlp: str) -> None:

@@ -1,17 +1,21 @@
 """Thousands of infer requests with something wrong in them: each is read or refused, none is a fault of ours."""
 
 import json
+import random
 import zlib
+from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from lepton_common import compression, oip
 from lepton_common.errors import Invalid, TooLarge
 from lepton_common.signature import DTYPES, Signature, TensorSpec
+from tritonclient.grpc import service_pb2
 
 from ..integration.local_platform import Platform
 from .hostile import assert_tells_nothing, calling
-from .mutations import binary_request, json_request, mutations
+from .mutations import binary_request, json_request, mutated, mutations
 
 DATATYPES = ("FP32", "INT64", "BOOL", "BYTES", "FP16")
 
@@ -75,3 +79,24 @@ def test_platform_answers_or_refuses_whatever_comes(platform: Platform, mlp: str
             caller.ask("POST", f"/v2/models/{mlp}/infer", body, inference_header_content_length=str(length))[0] == 200
         )
     assert statuses >= {200, 400}
+
+
+def test_platform_answers_or_refuses_whatever_comes_by_grpc(platform: Platform, mlp: str) -> None:
+    tensor = service_pb2.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1, 4])
+    tensor.parameters["a"].int64_param = 1
+    message = service_pb2.ModelInferRequest(
+        model_name=mlp, id="1", inputs=[tensor], raw_input_contents=[np.ones(4, np.float32).tobytes()]
+    ).SerializeToString()
+    chance = random.Random(3)
+    refused = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    with grpc.insecure_channel(platform.address) as channel:
+        infer: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")  # bytes in, bytes out
+        assert infer(message, timeout=30)
+        for _ in range(600):
+            body = message
+            for _ in range(chance.choice((1, 1, 2, 4))):
+                body = mutated(body, chance)
+            call = infer.future(body, timeout=30)
+            if call.exception() is not None:
+                assert call.code() in refused, (body, call.details())
+                assert_tells_nothing(platform, call.details())
