@@ -11,7 +11,7 @@ TESTS := $(addsuffix /tests,$(PACKAGES)) tests
 # Some images set it. Without bytecode every process compiles its sources again, and the tests start hundreds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup quickstart test check format bench proto up down
+.PHONY: help setup quickstart test check audit format bench proto up down
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,12 +35,22 @@ test: setup ## every test, on the real Kafka, PostgreSQL, etcd, Envoy and onnxru
 # One process more than there are cores: a third of their time is waiting. In the order of `testpaths`.
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-check: setup ## lint, format, types and import contracts
+check: setup ## lint, format, types, import contracts and bandit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(addprefix -p ,$(MODULES))
 	$(BIN)/mypy --explicit-package-bases $(wildcard $(TESTS)) benchmarks examples conftest.py
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive libs services examples
+
+audit: $(VENV)/audit/.ready ## ask PyPI which of the pinned packages have known vulnerabilities (needs the network)
+	$(VENV)/audit/bin/python .ci/audit.py constraints.txt
+
+# pip-audit brings packages that nothing else here needs.
+$(VENV)/audit/.ready: constraints.txt | $(VENV)/.ready
+	$(BIN)/python -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip-audit
+	touch $@
 
 format: setup ## put the code into the house's format
 	$(BIN)/ruff check --fix .

@@ -4,15 +4,19 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
+_FOLDERS = ("tests/integration/", "tests/security/")
 # These start platforms of their own.
-_ALONE = tuple(f"tests/integration/test_{name}" for name in ("canaries", "faults", "quickstart"))
+_ALONE = (
+    *(f"tests/integration/test_{name}" for name in ("canaries", "faults", "quickstart")),
+    "tests/security/test_secrets",
+)
 
 
 class Together(LoadFileScheduling):  # type: ignore[misc] # xdist has no types
     """A file's tests stay together, and so do all that use the shared platform: it takes a while to start."""
 
     def _split_scope(self, nodeid: str) -> str:
-        shares = nodeid.startswith("tests/integration/") and not nodeid.startswith(_ALONE)
+        shares = nodeid.startswith(_FOLDERS) and not nodeid.startswith(_ALONE)
         return "platform" if shares else super()._split_scope(nodeid)
 
 

@@ -46,7 +46,12 @@ def _answer(connection: socket.socket, deadline: float) -> tuple[int, bytes]:
 def post(path: str, body: bytes, *headers: str) -> bytes:
     """A whole POST with its Content-Length, unless the headers say otherwise."""
     framed = any(each.lower().startswith(("content-length", "transfer-encoding")) for each in headers)
-    lines = [f"POST {path} HTTP/1.1", "Host: lepton", *headers, *([] if framed else [f"Content-Length: {len(body)}"])]
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: localhost",
+        *headers,
+        *([] if framed else [f"Content-Length: {len(body)}"]),
+    ]
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 

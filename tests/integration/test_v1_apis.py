@@ -1,5 +1,6 @@
 """Every `/v1` API through the front door: whatever schemathesis makes of its OpenAPI document is answered as told."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -92,6 +93,12 @@ def known(platform: Platform) -> dict[str, str]:
         version = client.push(mlp(92), name="schemathesis")
         [rollout, *_] = client.rollouts("schemathesis")
     return {"model": "schemathesis", "version": "2", "sha256": version.sha256, "rollout": str(rollout.id)}
+
+
+def test_every_service_behind_the_front_door_is_here(platform: Platform) -> None:
+    bootstrap = json.loads((platform.home.folder / "envoy" / "bootstrap.json").read_bytes())
+    clusters = {cluster["name"] for cluster in bootstrap["static_resources"]["clusters"]}
+    assert clusters == {*SERVICES, "gateway", "gateway-grpc"}
 
 
 @pytest.mark.parametrize("service", SERVICES)

@@ -125,7 +125,7 @@ def test_broken_http_is_refused(platform: Platform, request_bytes: bytes) -> Non
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_path_that_is_not_there_is_404_or_405(platform: Platform, mlp: str, method: str, path: str) -> None:
     body = json.dumps(GOOD)
-    request = f"{method} {path} HTTP/1.1\r\nHost: lepton\r\nx-api-key: {platform.key}\r\nContent-Length: {len(body)}"
+    request = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nx-api-key: {platform.key}\r\nContent-Length: {len(body)}"
     status, answer = exchange(platform.port, f"{request}\r\n\r\n{body}".encode())
     assert status in {400, 404, 405}, answer
     assert json.loads(answer)["error" if path.startswith("/v2") else "detail"]
@@ -190,11 +190,11 @@ def test_wrong_timeout_header_is_refused(http: httpx.Client, mlp: str, timeout: 
     assert "x-request-timeout-ms" in error_of(infer(http, mlp, GOOD, x_request_timeout_ms=timeout), 400)
 
 
-def test_caller_cannot_steer_past_the_rollout(http: httpx.Client, mlp: str) -> None:
+def test_caller_cannot_steer_past_the_rollout(platform: Platform, http: httpx.Client, mlp: str) -> None:
     for version in ("1", "9", "x"):
         assert "'test'" in error_of(infer(http, mlp, GOOD, x_lepton_version=version), 403)
     for headers in (
-        {"host": "echo.default.models.lepton"},
+        {"host": "echo.default.models.lepton", "x-api-key": platform.key},
         {"x-envoy-max-retries": "100", "x-envoy-upstream-rq-timeout-ms": "0"},
         {"x-forwarded-for": "10.0.0.1"},
     ):

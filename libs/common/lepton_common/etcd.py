@@ -16,11 +16,12 @@ import structlog
 from aetcd import rpc
 
 from lepton_common.errors import Conflict, LeptonError, TooLarge, Unavailable
-from lepton_common.etcd_cluster import REQUIRE_LEADER, Cluster, HistoryLost, LeaseLost, heard
+from lepton_common.etcd_cluster import REQUIRE_LEADER, Cluster, HistoryLost, LeaseLost, heard, is_outdated
 
 MAX_VALUE_BYTES = 64 * 1024
 
 _KEYS_A_PAGE = 500
+_ASK_VERSION_EVERY_S = 1.0
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -179,6 +180,21 @@ class EtcdClient:
     async def revoke(self, lease_id: int) -> None:
         """The lease and every key under it are gone. LeaseLost when they were before."""
         await self._cluster.call(lambda to: to.revoke, rpc.LeaseRevokeRequest(ID=lease_id))
+
+    async def check_version(self) -> None:
+        """The log has a warning if etcd is too old to be relied on. Waits for etcd while it is away."""
+        while True:
+            try:
+                answer = await self._cluster.call(lambda to: to.status, rpc.StatusRequest())
+                break
+            except Unavailable:
+                await asyncio.sleep(_ASK_VERSION_EVERY_S)
+        if is_outdated(answer.version):
+            _log.warning(
+                "this etcd may lose writes at a crash and show keys to those who may not read them",
+                version=answer.version,
+                remedy="beyond one machine use 3.6.14, 3.7.1 or newer",
+            )
 
     async def close(self) -> None:
         """Every connection is closed; calls still running are cancelled."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,22 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.enable_http_proxy", 0),
 )
+
+
+# Of each line the first release that loses no acknowledged write and has the fixes of 2026 to its authorisation
+# (CVE-2026-33413, CVE-2026-33343, GHSA-xg4h-6gfc-h4m8); older lines have none.
+_SOUND = {(3, 5): 33, (3, 6): 14, (3, 7): 1}
+
+
+def is_outdated(version: str) -> bool:
+    """Whether an etcd of that version, as `3.6.14` or `3.7.0-rc.1`, lacks fixes that Lepton relies on."""
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)(-?)", version)
+    if numbers is None:
+        return True
+    line, patch = (int(numbers[1]), int(numbers[2])), int(numbers[3])
+    if line > max(_SOUND):
+        return False
+    return line not in _SOUND or patch < _SOUND[line] or (patch == _SOUND[line] and bool(numbers[4]))
 
 
 class HistoryLost(Unavailable):
@@ -108,6 +125,7 @@ class Endpoint:
         self.range, self.put, self.delete, self.txn = kv.Range, kv.Put, kv.DeleteRange, kv.Txn
         self.grant, self.revoke, self.keep_alive = lease.LeaseGrant, lease.LeaseRevoke, lease.LeaseKeepAlive
         self.watch = rpc.WatchStub(self.channel).Watch
+        self.status = rpc.MaintenanceStub(self.channel).Status
 
 
 def heard(answer: Any) -> Any:

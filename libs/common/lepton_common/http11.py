@@ -32,6 +32,7 @@ class ServerLimits:
 
     max_body_bytes: int = 64 << 20
     max_header_bytes: int = 32 << 10
+    max_headers: int = 128  # a proxy in front, which lets 100 through, adds a few
     header_timeout_s: float = 10.0
     body_timeout_s: float = 60.0
     idle_timeout_s: float = 75.0  # longer than any client keeps a connection, so that it is the client who closes

@@ -40,6 +40,7 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_chunks",
         "_continue_owed",
+        "_count",
         "_half_closed",
         "_head",
         "_headers",
@@ -71,8 +72,9 @@ class Connection(asyncio.Protocol):
         self._head: Head | None = None
         self._headers: dict[bytes, bytes] = {}
         self._target = b""
-        self._chunks: list[bytes] = []
+        self._chunks: list[bytes | bytearray] = []  # the first is bytes
         self._size = 0  # bytes of target and headers, then of body
+        self._count = 0  # of headers
         self._stalled = 0  # bytes read since the message last got anywhere
         self._progress = False
         self._queue: deque[Request] = deque()
@@ -167,6 +169,7 @@ class Connection(asyncio.Protocol):
         self._headers = {}
         self._chunks = []
         self._size = 0
+        self._count = 0
         self.deadline = self._server.now + self._server.limits.header_timeout_s
 
     def on_url(self, url: bytes) -> None:
@@ -181,6 +184,9 @@ class Connection(asyncio.Protocol):
         self._size += len(name) + len(value)
         if self._size > self._server.limits.max_header_bytes:
             raise _Refused(431, f"headers: more than {self._server.limits.max_header_bytes} bytes")
+        self._count += 1
+        if self._count > self._server.limits.max_headers:
+            raise _Refused(431, f"headers: more than {self._server.limits.max_headers}")
         name = name.lower()
         if name in self._headers:
             if name == b"host":
@@ -231,7 +237,14 @@ class Connection(asyncio.Protocol):
         self._size += len(body)
         if self._size > self._server.limits.max_body_bytes:
             raise _Refused(413, f"body: more than the {self._server.limits.max_body_bytes} bytes that are taken")
-        self._chunks.append(body)
+        chunks = self._chunks
+        # A chunk of one byte as an object of its own would take forty times the room.
+        if not chunks or len(body) >= _JOIN_BYTES:
+            chunks.append(body)
+        elif isinstance(last := chunks[-1], bytearray):
+            last += body
+        else:
+            chunks.append(bytearray(body))
         self._progress = True
 
     def on_message_complete(self) -> None:
@@ -240,7 +253,7 @@ class Connection(asyncio.Protocol):
         self._continue_owed = False
         chunks = self._chunks
         self._chunks = []
-        self._arrived(Request(self, self._head, chunks[0] if len(chunks) == 1 else b"".join(chunks)))
+        self._arrived(Request(self, self._head, cast(bytes, chunks[0]) if len(chunks) == 1 else b"".join(chunks)))
 
     def _arrived(self, request: Request) -> None:
         if not request._head.keep_alive:

@@ -69,7 +69,7 @@ class Service:
         self._db = db
         self._bus = bus
         self._hears = False
-        self._servers: list[tuple[Server, int]] = []
+        self._servers: list[tuple[Server, str, int]] = []
         self._prepares: list[Work] = []
         self._background: list[Work] = []
         self._periodic: list[tuple[float, Work]] = []
@@ -126,10 +126,11 @@ class Service:
 
         self.serve(AppServer(app))
 
-    def serve(self, server: Server, *, port: int | None = None) -> None:
-        """The server is started first of all, so that the service is live at once, and drained first of all. `port` is
-        for a service's second one."""
-        self._servers.append((server, self.settings.port if port is None else port))
+    def serve(self, server: Server, *, host: str | None = None, port: int | None = None) -> None:
+        """The server is started first of all, so that the service is live at once, and drained first of all. `host` and
+        `port` are for a service's further ones."""
+        own = self.settings
+        self._servers.append((server, own.host if host is None else host, own.port if port is None else port))
 
     def on_close(self, work: Work) -> None:
         """`work` is done at the end, after all that was registered later."""
@@ -144,8 +145,8 @@ class Service:
         working = asyncio.create_task(self._work())
         stopping = asyncio.create_task(stop.wait())
         try:
-            for server, port in self._servers:
-                await server.start(self.settings.host, port)
+            for server, host, port in self._servers:
+                await server.start(host, port)
                 _log.info("listening", address="{}:{}".format(*server.address))
             await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -235,7 +236,7 @@ class Service:
 
     async def _close(self, working: asyncio.Task[None]) -> None:
         grace_s = self.settings.drain_s
-        drains = (partial(server.drain, grace_s) for server, _ in self._servers)
+        drains = (partial(server.drain, grace_s) for server, _, _ in self._servers)
         await asyncio.gather(*(self._attempted(drain, grace_s + _CLOSE_S) for drain in drains))
         working.cancel()
         await asyncio.wait({working}, timeout=_CLOSE_S)

@@ -1,12 +1,14 @@
 """Logs, traces and metrics of one process: JSON lines on stdout, OTLP when asked for, one Prometheus registry.
 
 Metrics are named `lepton_<service>_<what>_<unit>`. Logging never blocks and never fails: lines that stdout does not
-take in time are dropped and counted.
+take in time are dropped and counted. API keys and the passwords of URLs are masked, wherever a caller or a library put
+them.
 """
 
 import json
 import logging
 import queue
+import re
 import sys
 import threading
 from collections.abc import Collection, Iterable, MutableMapping, Sequence
@@ -19,7 +21,7 @@ from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.propagators.textmap import Getter, Setter
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -34,6 +36,8 @@ _QUEUED_LINES = 10_000
 # At info these write a line a request, or a page a consumer group, which nobody operates by.
 _TALKATIVE = ("aiokafka", "httpx")
 _CLOSE_S = 2.0
+# A key, and what stands between user and host of a URL.
+_SECRET = re.compile(rb"(?<=lp_)[A-Za-z0-9_-]{43}|(?<=://)([^\s/:@\"]*:)[^\s/@\"]+(?=@)")
 
 
 class Telemetry:
@@ -183,9 +187,24 @@ def _add_trace_ids(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableM
 
 def _render(_: Any, __: str, event: MutableMapping[str, Any]) -> bytes:
     try:
-        return orjson.dumps(event, default=repr, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
+        line = orjson.dumps(event, default=repr, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
     except TypeError:  # What orjson refuses: integers over 64 bits, half a surrogate pair.
-        return json.dumps(event, default=repr, skipkeys=True).encode() + b"\n"
+        line = json.dumps(event, default=repr, skipkeys=True).encode() + b"\n"
+    return masked(line)
+
+
+def masked(text: bytes) -> bytes:
+    """The text with *** in the place of every API key and of every password in a URL."""
+    return _SECRET.sub(lambda found: (found[1] or b"") + b"***", text)
+
+
+class _Masking(SpanProcessor):
+    """Spans carry the URLs that callers sent; some write their keys into them."""
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        for name, value in (span.attributes or {}).items():
+            if isinstance(value, str) and (safe := masked(value.encode("utf-8", "replace")).decode()) != value:
+                span.set_attribute(name, safe)
 
 
 def _tracer_provider(service: str, otlp: str) -> TracerProvider:
@@ -196,6 +215,7 @@ def _tracer_provider(service: str, otlp: str) -> TracerProvider:
     )
     if otlp:
         exporter = OTLPSpanExporter(endpoint=f"{otlp.rstrip('/')}/v1/traces", timeout=3)
+        provider.add_span_processor(_Masking())
         provider.add_span_processor(BatchSpanProcessor(exporter))
     return provider
 

@@ -1,5 +1,6 @@
 """A service's HTTP API: problem+json for every error, keys, body limits, request ids, health and metrics."""
 
+import asyncio
 import json
 import math
 import re
@@ -28,8 +29,11 @@ from lepton_common.telemetry import METRICS_CONTENT_TYPE
 
 PROBLEM = "application/problem+json"
 MAX_BODY_BYTES = 1024 * 1024
+_BODY_TIMEOUT_S = 60.0
 
 _TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES} bytes"
+# For answers to bodies that are not read to their end, so that the connection cannot be used again.
+_CLOSE = {"Connection": "close"}
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _OPERATIONAL = ("/health/", "/metrics")
 
@@ -150,8 +154,7 @@ class Edge:
             return
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if int(length) > MAX_BODY_BYTES:
-            # The body is not read, so the connection cannot be used again.
-            await problem(413, _TOO_LARGE, headers={"Connection": "close"})(scope, receive, send)
+            await problem(413, _TOO_LARGE, headers=_CLOSE)(scope, receive, send)
             return
         await self._app(_as_json(scope), _limited(receive), send)
 
@@ -164,13 +167,21 @@ def _as_json(scope: ASGIScope) -> ASGIScope:
 
 def _limited(receive: Receive) -> Receive:
     received = 0
+    # Of the loop's clock; None once the body is there, as from then on only the caller's leaving is waited for.
+    deadline: float | None = asyncio.get_running_loop().time() + _BODY_TIMEOUT_S
 
     async def limited() -> Message:
-        nonlocal received
-        message = await receive()
+        nonlocal received, deadline
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError:
+            raise HTTPException(408, f"the body was not here in {_BODY_TIMEOUT_S:g} s", _CLOSE) from None
         received += len(message.get("body", b""))
         if received > MAX_BODY_BYTES:
-            raise HTTPException(413, _TOO_LARGE)
+            raise HTTPException(413, _TOO_LARGE)  # The rest is read and thrown away: else it would cost the answer.
+        if not message.get("more_body", False):
+            deadline = None
         return message
 
     return limited

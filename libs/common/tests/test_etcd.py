@@ -4,12 +4,14 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+import structlog
 from lepton.processes import Process, free_port, running
 from lepton.servers import Etcd
 from lepton_common.errors import Conflict, Invalid, TooLarge, Unavailable
 from lepton_common.etcd import MAX_VALUE_BYTES, EtcdClient, Position
-from lepton_common.etcd_cluster import LeaseLost
+from lepton_common.etcd_cluster import LeaseLost, is_outdated
 
 
 @pytest.fixture
@@ -95,6 +97,26 @@ async def test_another_endpoint_answers_for_one_that_is_away(etcd_server: Etcd, 
     assert await client.get("/lepton/p/a") is not None
     await client.put("/lepton/p/a", b"2")  # Goes straight to the one that answered.
     await client.close()
+
+
+@pytest.mark.parametrize(
+    ("version", "outdated"),
+    [
+        *((version, True) for version in ("3.4.37", "3.5.1", "3.5.32", "3.6.13", "3.7.0", "3.7.1-rc.0", "main")),
+        *((version, False) for version in ("3.5.33", "3.6.14", "3.7.1", "3.8.0", "4.0.0")),
+    ],
+)
+def test_versions_without_the_fixes_are_known(version: str, outdated: bool) -> None:
+    assert is_outdated(version) is outdated
+
+
+async def test_outdated_etcd_is_told_loudly(etcd_server: Etcd, etcd: EtcdClient) -> None:
+    with structlog.testing.capture_logs() as lines:
+        await etcd.check_version()
+    async with httpx.AsyncClient() as http:
+        version = (await http.get(f"http://{etcd_server.address}/version")).json()["etcdserver"]
+    warned = [each["version"] for each in lines if each["log_level"] == "warning"]
+    assert warned == ([version] if is_outdated(version) else [])
 
 
 async def test_every_call_ends_when_etcd_is_frozen(recipe: Etcd, server: Process) -> None:

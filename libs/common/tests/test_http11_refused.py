@@ -101,6 +101,17 @@ async def test_endless_headers_are_refused(pieces: list[bytes]) -> None:
     assert (await refused(ServerLimits(max_header_bytes=2000), *pieces)).status == 431
 
 
+@pytest.mark.parametrize("header", [b"a%d: b\r\n", b"a: %d\r\n"], ids=["different", "one"])
+async def test_headers_are_counted(header: bytes) -> None:
+    lines = b"".join(header % n for n in range(7))
+    assert (
+        await refused(ServerLimits(max_headers=7), b"GET / HTTP/1.1\r\nHost: x\r\n" + lines + b"\r\n")
+    ).status == 431
+    async with serving(echo, ServerLimits(max_headers=8)) as server, connected(server) as peer:
+        peer.send(b"GET / HTTP/1.1\r\nHost: x\r\n" + lines + b"\r\n", GET)
+        assert [(await peer.answer()).status, (await peer.answer()).status] == [200, 200]
+
+
 @pytest.mark.parametrize("rest", [b"", b" HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["endless", "complete"])
 async def test_a_long_target_is_refused(rest: bytes) -> None:
     assert (await refused(ServerLimits(max_header_bytes=2000), b"GET /" + b"a" * 3000 + rest)).status == 414

@@ -55,6 +55,20 @@ def test_the_standard_library_logs_into_the_same_stream(telemetry: Telemetry, ou
     assert "ValueError: bad\nnews" in line["exception"]
 
 
+def test_keys_and_passwords_are_masked_wherever_they_are(telemetry: Telemetry, out: io.BytesIO) -> None:
+    key = "lp_" + "k" * 43
+    try:
+        raise ValueError(f"no route to postgresql://lepton:hunter2@db:5432/x and {key}")
+    except ValueError:
+        structlog.get_logger().exception(f"failed for {key}", header={"x-api-key": key.encode()}, id="lp_" + "k" * 8)
+    [line] = lines_of(telemetry, out)
+    assert line["event"] == "failed for lp_***"
+    assert line["id"] == "lp_" + "k" * 8
+    assert "postgresql://lepton:***@db:5432/x and lp_***" in line["exception"]
+    assert b"hunter2" not in out.getvalue()
+    assert b"k" * 20 not in out.getvalue()
+
+
 def test_values_that_json_does_not_know_are_logged_as_their_repr(telemetry: Telemetry, out: io.BytesIO) -> None:
     structlog.get_logger().warning("odd", value=object, keys={1: b"x"})
     [line] = lines_of(telemetry, out)
@@ -151,7 +165,8 @@ def test_spans_are_exported_when_a_collector_is_named() -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         otlp = f"http://127.0.0.1:{server.server_port}"
         telemetry = configure("worker", Settings(otlp=otlp), out=io.BytesIO())
-        with telemetry.tracer.start_as_current_span("load the model"):
+        query = {"url.query": "model=digits&key=lp_" + "k" * 43}
+        with telemetry.tracer.start_as_current_span("load the model", attributes=query):
             pass
         telemetry.close()
         server.shutdown()
@@ -159,6 +174,7 @@ def test_spans_are_exported_when_a_collector_is_named() -> None:
     [(path, body)] = received
     assert path == "/v1/traces"
     assert b"load the model" in body
+    assert b"model=digits&key=lp_***" in body
     assert b"lepton-worker" in body
 
 

@@ -1,5 +1,6 @@
 """The HTTP API that every service gets: whatever comes in, what goes out is an answer or a problem."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import schemathesis
 from fastapi import FastAPI, Request
 from hypothesis import HealthCheck, given, settings
 from lepton.models import Name, Number
+from lepton_common import web
 from lepton_common.auth import Caller, Keys
 from lepton_common.errors import Conflict, Forbidden, Limited, NotFound, Unauthenticated, Unavailable
 from lepton_common.etcd import EtcdClient
@@ -185,6 +187,21 @@ async def test_a_body_over_the_limit_is_refused(http: httpx.AsyncClient) -> None
     assert answer.headers["connection"] == "close"
     told(await http.post("/v1/things", content=chunks()), 413)
     assert (await http.put("/v1/streams/a", content=chunks())).json() == 3 * (MAX_BODY_BYTES // 2)
+
+
+async def test_body_that_does_not_come_is_not_waited_for(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web, "_BODY_TIMEOUT_S", 0.05)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b'{"name": '
+        await asyncio.sleep(10)
+
+    async with asyncio.timeout(5):
+        answer = await http.post("/v1/things", content=chunks())
+    assert "0.05 s" in told(answer, 408)["detail"]
+    assert answer.headers["connection"] == "close"
 
 
 async def test_health_says_what_is_missing(app: FastAPI, http: httpx.AsyncClient) -> None:

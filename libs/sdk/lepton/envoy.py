@@ -20,6 +20,10 @@ _UPSTREAM_IDLE = "60s"
 _DOWNSTREAM_IDLE = "3600s"
 _SERVICES = ("gateway", "gateway-grpc", "registry", "rollout", "monitor")
 _GRPC_SERVICES = ("inference.GRPCInferenceService", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
+_ADMIN_PATHS = ("/ready", "/stats", "/clusters", "/config_dump")
+# A request's head is there within this time, and an answer that nobody reads is given up after that one.
+_HEAD_TIMEOUT = "10s"
+_FLUSH_TIMEOUT = "30s"
 
 # The connection's own address, whatever the client claims. Envoy itself would write the machine's outer address for a
 # client on loopback.
@@ -92,7 +96,8 @@ class Envoy:
         }
         return {
             "node": {"id": "lepton", "cluster": "lepton"},
-            "admin": {"address": _address(self.admin_port)},
+            # It asks for no key: what a page in a browser could do harm with, such as ending Envoy, is not there.
+            "admin": {"address": _address(self.admin_port), "allow_paths": [{"prefix": path} for path in _ADMIN_PATHS]},
             "dynamic_resources": {"cds_config": _file(self.mesh_dir / "cds.json")},
             "static_resources": {
                 "listeners": [
@@ -148,6 +153,8 @@ def _front() -> dict[str, Any]:
         "skip_xff_append": True,
         "preserve_external_request_id": True,
         "max_request_headers_kb": 96,
+        "request_headers_timeout": _HEAD_TIMEOUT,
+        "stream_flush_timeout": _FLUSH_TIMEOUT,
         "local_reply_config": {"mappers": mappers, "body_format": _body(_PROBLEM, "application/problem+json")},
     }
 

@@ -63,7 +63,8 @@ def choose_ports(
     """Every role's port. Those chosen `before` stay, unless something else took one meanwhile; with `keep` they stay
     in any case, because a part that still runs knows them. The front door is at 8080 when that is free."""
     roles = ["front", "mesh", "envoy-admin", "kafka", "kafka-controller", "postgres", "etcd", "etcd-peer"]
-    roles += ["registry", "rollout", "monitor", "gateway", "gateway-grpc", *worker_pools(workers, pools)]
+    roles += ["registry", "rollout", "monitor", "gateway", "gateway-grpc", "gateway-admin"]
+    roles += worker_pools(workers, pools)
     wanted = {"front": FRONT_PORT} | before
     if front and not keep:
         wanted["front"] = front
@@ -128,6 +129,7 @@ def _services(
             "LEPTON_GATEWAY_ID": "gateway",
             "LEPTON_GRPC_PORT": str(ports["gateway-grpc"]),
             "LEPTON_MESH": envoy.mesh,
+            "LEPTON_ADMIN_PORT": str(ports["gateway-admin"]),
             "LEPTON_ROLLOUT_URL": f"http://127.0.0.1:{ports['rollout']}",
             "LEPTON_KEYLESS_LOOPBACK": "true",
         },

@@ -131,6 +131,9 @@ class Etcd:
             "initial-cluster": f"lepton={peer}",
             "auto-compaction-mode": "periodic",
             "auto-compaction-retention": "10m",
+            # HTTP that any page in a browser could send, to write a key of its own making for one.
+            "enable-grpc-gateway": "false",
+            "host-whitelist": "127.0.0.1",
             # One member: it need not wait a second for others before it elects itself.
             "heartbeat-interval": 50,
             "election-timeout": 250,

@@ -133,6 +133,19 @@ def test_mesh_without_routes_answers_an_oip_error(recipe: Envoy) -> None:
     assert (answer.status_code, answer.json()) == (404, {"error": "the mesh knows no such model"})
 
 
+def test_admin_port_only_tells(recipe: Envoy) -> None:
+    with httpx.Client(base_url=f"http://{recipe.admin}", trust_env=False) as admin:
+        for path in (
+            "/quitquitquit",
+            "/healthcheck/fail",
+            "/logging?level=trace",
+            "/runtime_modify?a=b",
+            "/drain_listeners",
+        ):
+            assert admin.post(path).status_code == 403, path
+        assert admin.get("/ready").status_code == 200
+
+
 def test_restart_keeps_the_meshs_files(tmp_path: Path) -> None:
     envoy = Envoy(tmp_path / "envoy", tmp_path / "mesh")
     envoy.folder.mkdir()

@@ -1,35 +1,37 @@
 import asyncio
-import json
 import socket
 import stat
-import urllib.request
 from pathlib import Path
 
 import asyncpg
+import grpc
+import httpx
 import pytest
+from aetcd import rpc
 from lepton.kafka import MockKafka
 from lepton.processes import Process, StartFailed, free_port, running
 from lepton.servers import Etcd, Postgres, kept_secret
-
-# base64 of "a" and "b", as etcd's JSON gateway wants them
-A, B = "YQ==", "Yg=="
-
-
-def ask_etcd(etcd: Etcd, what: str, request: dict[str, str]) -> dict[str, list[dict[str, str]]]:
-    body = json.dumps(request).encode()
-    with urllib.request.urlopen(f"http://{etcd.address}/v3/kv/{what}", data=body, timeout=5) as answer:
-        content: dict[str, list[dict[str, str]]] = json.load(answer)
-        return content
 
 
 def test_etcd_keeps_what_it_acknowledged_over_a_kill_and_a_move_to_other_ports(tmp_path: Path) -> None:
     etcd = Etcd(tmp_path / "etcd")
     with running(etcd) as process:
-        ask_etcd(etcd, "put", {"key": A, "value": B})
+        with grpc.insecure_channel(etcd.address) as channel:
+            rpc.KVStub(channel).Put(rpc.PutRequest(key=b"a", value=b"b"), timeout=5)
         process.kill()
     moved = Etcd(etcd.folder)
-    with running(moved):
-        assert ask_etcd(moved, "range", {"key": A})["kvs"][0]["value"] == B
+    with running(moved), grpc.insecure_channel(moved.address) as channel:
+        [found] = rpc.KVStub(channel).Range(rpc.RangeRequest(key=b"a"), timeout=5).kvs
+        assert found.value == b"b"
+
+
+def test_no_page_in_a_browser_can_write_to_etcd(tmp_path: Path) -> None:
+    etcd = Etcd(tmp_path / "etcd")
+    put = {"key": "YQ==", "value": "Yg=="}  # base64 of "a" and "b", as etcd's JSON gateway would take them
+    with running(etcd), httpx.Client(base_url=f"http://{etcd.address}", trust_env=False) as browser:
+        for path in ("/v3/kv/put", "/v3/kv/range", "/v3alpha/kv/put", "/v3beta/kv/put", "/v2/keys/a"):
+            assert browser.post(path, json=put, headers={"content-type": "text/plain"}).status_code == 404, path
+        assert browser.get("/metrics", headers={"host": f"evil.example:{etcd.port}"}).status_code == 421
 
 
 async def test_postgres_keeps_what_it_committed_over_a_kill(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The gateway's HTTP: Open Inference Protocol v2 for every model of the caller's tenant, health and metrics."""
+"""The gateway's HTTP: Open Inference Protocol v2 for every model of the caller's tenant, and health."""
 
 import asyncio
 import math
@@ -14,7 +14,6 @@ from lepton_common.errors import Forbidden, Invalid, LeptonError, Limited, NotFo
 from lepton_common.health import Readiness
 from lepton_common.http11 import JSON, Request, error_body
 from lepton_common.records import Scope
-from lepton_common.telemetry import METRICS_CONTENT_TYPE
 from lepton_common.types import checked_name
 
 from lepton_gateway.callers import Callers
@@ -34,11 +33,10 @@ from lepton_gateway.proxy import INFER, Proxy
 from lepton_gateway.repository import Repository, ready_only
 from lepton_gateway.routes import Route, Routes
 
-_METRICS = b"content-type: %b\r\n" % METRICS_CONTENT_TYPE.encode()
 _VERSION = version("lepton-gateway")
 _MAX_TARGETS = 4096
 # What is answered before etcd's tables are read, and how long everything else waits for them.
-_AT_ONCE = frozenset({Page.SERVER, Page.LIVE, Page.READY, Page.PROCESS_LIVE, Page.PROCESS_READY, Page.METRICS})
+_AT_ONCE = frozenset({Page.SERVER, Page.LIVE, Page.READY, Page.PROCESS_LIVE, Page.PROCESS_READY})
 _START_PATIENCE_S, _START_GRAIN_S = 5.0, 0.05
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -56,14 +54,12 @@ class Api:
         proxy: Proxy,
         repository: Repository,
         readiness: Readiness,
-        render_metrics: Callable[[], bytes],
     ) -> None:
         self._routes = routes
         self._callers = callers
         self._proxy = proxy
         self._repository = repository
         self._readiness = readiness
-        self._render_metrics = render_metrics
         self.refused: dict[int, int] = {}  # answers that the gateway gave instead of the mesh, by status
         self._targets: dict[bytes, Target] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -84,7 +80,6 @@ class Api:
             Page.SHARED_MEMORY: self._shared_memory,
             Page.PROCESS_LIVE: lambda request, target: answer(request, {"status": "live"}),
             Page.PROCESS_READY: self._process_ready,
-            Page.METRICS: lambda request, target: request.respond(200, _METRICS, self._render_metrics()),
         }
 
     def handle(self, request: Request) -> None:

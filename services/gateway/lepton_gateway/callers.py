@@ -3,6 +3,7 @@
 from datetime import UTC, datetime
 from functools import lru_cache
 from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from lepton_common.auth import DEFAULT_TENANT, Caller, Keys, check_operator, secret_of
 from lepton_common.errors import Forbidden, Unauthenticated
@@ -25,6 +26,11 @@ class Callers:
             return self._keys.check(secret, scope, datetime.now(UTC))
         if not (self._keyless_loopback and _is_local(request.peer, headers.get(b"x-forwarded-for", b""))):
             raise Unauthenticated("send an API key as Authorization: Bearer lp_…")
+        if foreign := _foreign_header(headers.get(b"host", b""), headers.get(b"origin")):
+            raise Forbidden(
+                f"header {foreign}: without an API key only programs and pages of this machine may call, and only as"
+                " localhost or 127.0.0.1; send Authorization: Bearer lp_…"
+            )
         if not _LOCAL.has(scope):
             raise Forbidden(f"this needs an API key with the scope {scope.value!r}")
         return _LOCAL
@@ -47,5 +53,25 @@ def _is_local(peer: str, forwarded: bytes) -> bool:
     callers = [peer, *(each.strip() for each in forwarded.decode("latin-1").split(",") if each.strip())]
     try:
         return all(ip_address(caller).is_loopback for caller in callers)
+    except ValueError:
+        return False
+
+
+@lru_cache(maxsize=1024)
+def _foreign_header(host: bytes, origin: bytes | None) -> str | None:
+    """The header by which a page from elsewhere gives itself away, in a browser on this machine; None without one.
+
+    Browsers say whose page it is that sends something. For a page whose name was made to resolve to this machine (DNS
+    rebinding) they think that it talks to its own server, but then they ask for that by the page's name.
+    """
+    if origin is not None and not _is_this_machine(origin):
+        return "origin"
+    return None if _is_this_machine(b"//" + host) else "host"
+
+
+def _is_this_machine(url: bytes) -> bool:
+    try:
+        name = urlsplit(url.decode("latin-1")).hostname or ""
+        return name == "localhost" or ip_address(name).is_loopback
     except ValueError:
         return False

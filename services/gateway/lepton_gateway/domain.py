@@ -35,7 +35,6 @@ class Page(Enum):
     SHARED_MEMORY = auto()
     PROCESS_LIVE = auto()
     PROCESS_READY = auto()
-    METRICS = auto()
 
 
 METHODS: Mapping[Page, tuple[str, ...]] = {
@@ -55,7 +54,6 @@ _PAGES: Mapping[tuple[str, ...], Page] = {
     ("v2", "logging"): Page.LOGGING,
     ("health", "live"): Page.PROCESS_LIVE,
     ("health", "ready"): Page.PROCESS_READY,
-    ("metrics",): Page.METRICS,
 }
 _OF_MODEL: Mapping[tuple[str, ...], Page] = {
     (): Page.MODEL,

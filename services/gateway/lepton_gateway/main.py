@@ -29,7 +29,7 @@ from lepton_gateway.api import Api
 from lepton_gateway.async_inference import GROUP, AsyncInference, Room
 from lepton_gateway.callers import Callers
 from lepton_gateway.logs import LogSettings
-from lepton_gateway.metrics import Metrics
+from lepton_gateway.metrics import Metrics, metrics_page
 from lepton_gateway.proxy import Proxy
 from lepton_gateway.reporter import Reporter
 from lepton_gateway.repository import Repository
@@ -60,7 +60,7 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
     logs.install()
     proxy = Proxy(upstream, Tracing(telemetry.tracer, on=bool(settings.otlp)), logs, shadows)
     repository = Repository(http, settings.rollout_url, routes)
-    api = Api(routes, callers, proxy, repository, service.readiness, telemetry.render_metrics)
+    api = Api(routes, callers, proxy, repository, service.readiness)
     server = Server(api.handle, ServerLimits(max_body_bytes=settings.max_body_bytes))
     mirrors = (keys.mirror, serving, workers)
 
@@ -69,6 +69,7 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
 
     telemetry.registry.register(Metrics(routes, api.refused, server, reporter, etcd_stale_s))
     service.on_close(etcd.close)
+    service.background(etcd.check_version)
     service.on_close(reporter.close)
     service.on_close(shadow_upstream.close)
     service.on_close(upstream.close)
@@ -100,6 +101,8 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
     service.serve(server)
     rpc_api = RpcApi(api.handle, service.readiness, settings.max_body_bytes)
     service.serve(http2.Server(rpc_api.handle), port=settings.grpc_port)
+    admin = Server(metrics_page(telemetry.render_metrics))
+    service.serve(admin, host=settings.admin_host, port=settings.admin_port)
     return service
 
 

@@ -4,8 +4,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 
-from lepton_common.http11 import Server
+from lepton_common.http11 import JSON, Handler, Request, Server, error_body
 from lepton_common.sketch import Sketch, milliseconds_of
+from lepton_common.telemetry import METRICS_CONTENT_TYPE
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -20,6 +21,22 @@ BUCKETS_S = (
 
 _LABELS = ("tenant", "model", "version")
 _BOUNDS = (*(str(bound) for bound in BUCKETS_S), "+Inf")
+
+_TEXT = b"content-type: %b\r\n" % METRICS_CONTENT_TYPE.encode()
+
+
+def metrics_page(render: Callable[[], bytes]) -> Handler:
+    """The handler of the admin port, which has this one page."""
+
+    def handle(request: Request) -> None:
+        if request.path != "/metrics":
+            request.respond(404, JSON, error_body("Not Found: this port has /metrics"))
+        elif request.method not in ("GET", "HEAD"):
+            request.respond(405, JSON + b"allow: GET, HEAD\r\n", error_body("Method Not Allowed: use GET"))
+        else:
+            request.respond(200, _TEXT, render())
+
+    return handle
 
 
 class Metrics(Collector):

@@ -22,6 +22,10 @@ class Settings(CommonSettings):
     """the rollout service, http://host:port"""
     gateway_id: Annotated[str, Field(default_factory=_own_id, pattern=r"^[^\s/]{1,80}$")]
     """what tells this gateway from the others, 1 to 80 characters without / and blanks"""
+    admin_host: str = "127.0.0.1"
+    """address on which /metrics is served, apart from callers"""
+    admin_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """port on which /metrics is served, 0 for any free one"""
     keyless_loopback: bool = False
     """whether callers on this machine may infer for the tenant `default` without a key"""
     grpc_port: Annotated[int, Field(ge=0, le=65535)] = 0

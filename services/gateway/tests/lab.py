@@ -79,6 +79,7 @@ class Lab:
 
     client: httpx.AsyncClient
     address: tuple[str, int]
+    admin: str
     mesh: Mesh
     mesh_server: Server
     etcd: EtcdClient
@@ -125,6 +126,11 @@ class Lab:
         await self.etcd.put(KEYS + digest, record.model_dump_json().encode())
         return secret
 
+    async def metrics(self) -> str:
+        """Every metric, from the port that callers do not see."""
+        async with httpx.AsyncClient(base_url=self.admin) as client:
+            return (await client.get("/metrics")).text
+
     @staticmethod
     def patience() -> asyncio.Timeout:
         """How long a test waits for what must come."""
@@ -155,6 +161,7 @@ async def running(
     host, port = mesh_server.address
     settings = Settings(
         port=free_port(),
+        admin_port=free_port(),
         mesh=f"{host}:{port}",
         rollout_url=rollout_url,
         keyless_loopback=keyless,
@@ -172,7 +179,7 @@ async def running(
         assert not serving.done()
     gateway = ("127.0.0.1", settings.port)
     async with httpx.AsyncClient(base_url=f"http://{gateway[0]}:{gateway[1]}", timeout=10) as client:
-        lab = Lab(client, gateway, mesh, mesh_server, etcd, windows, "")
+        lab = Lab(client, gateway, f"http://127.0.0.1:{settings.admin_port}", mesh, mesh_server, etcd, windows, "")
         lab.key = await lab.new_key(Scope.INFER)
         client.headers["authorization"] = f"Bearer {lab.key}"
         await lab.serve("m", 1)

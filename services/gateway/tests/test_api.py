@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime, timedelta
 
+import httpx
 import orjson
 import pytest
 from lepton_common.etcd import EtcdClient
@@ -65,6 +66,17 @@ async def test_metadata_and_config_are_the_workers_answers(lab: Lab) -> None:
     assert (await lab.client.get("/v2/models/m/versions/1/config")).content == b"GET /v2/models/m/config"
     response = await lab.client.head("/v2/models/m")
     assert (response.status_code, response.content) == (200, b"")
+
+
+async def test_metrics_are_on_the_admin_port_and_nothing_else_is(lab: Lab) -> None:
+    assert (await lab.client.get("/metrics")).status_code == 404
+    async with httpx.AsyncClient(base_url=lab.admin) as admin:
+        answer = await admin.get("/metrics")
+        assert (answer.status_code, answer.headers["content-type"].partition(";")[0]) == (200, "text/plain")
+        assert "lepton_gateway_connections" in answer.text
+        assert (await admin.post("/metrics")).status_code == 405
+        for path in ("/", "/v2", "/health/live", "/v2/models/m/infer", "/metrics/x"):
+            assert error_of(await admin.get(path)).startswith("Not Found")
 
 
 @pytest.mark.parametrize("path", ["/v2", "/v2/"])
@@ -201,6 +213,43 @@ async def test_callers_on_this_machine_need_no_key_where_that_is_allowed(lab: La
         assert response.status_code == status, forwarded
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "127.0.0.1:8080"}, 200),
+        ({"host": "localhost"}, 200),
+        ({"host": "[::1]:8080"}, 200),
+        ({"origin": "http://localhost:3000"}, 200),
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": ""}, 403),
+        ({"origin": "http://localhost.evil.example"}, 403),
+        ({"origin": "http://localhost@evil.example"}, 403),
+        ({"origin": "http://[::1"}, 403),
+        ({"host": "evil.example:8080"}, 403),
+        ({"host": "127.0.0.1.evil.example"}, 403),
+        ({"host": "evil.example", "origin": "http://evil.example"}, 403),
+        ({"host": "0.0.0.0:8080"}, 403),
+    ],
+)
+async def test_pages_from_elsewhere_need_a_key_in_a_browser_on_this_machine(
+    lab: Lab, headers: dict[str, str], status: int
+) -> None:
+    await lab.serve("mine", 1, tenant="default")
+    await lab.until("/v2/models/mine/stats", 200, key=await lab.new_key(Scope.READ, tenant="default"))
+    with_key = {**headers, "x-api-key": await lab.new_key(Scope.INFER, Scope.READ, tenant="default")}
+    await lab.until("/v2/models/mine/stats", 200, key=with_key["x-api-key"])
+    del lab.client.headers["authorization"]
+    for method, path in (("POST", "infer"), ("GET", "stats"), ("GET", "ready"), ("HEAD", "config")):
+        answer = await lab.client.request(method, f"/v2/models/mine/{path}", headers=headers)
+        assert (answer.status_code == 403) == (status == 403), (method, path)
+        if status == 403 and method != "HEAD":
+            assert "header origin" in error_of(answer) if "origin" in headers else "header host" in error_of(answer)
+        # A key is nothing that a browser would send by itself.
+        answer = await lab.client.request(method, f"/v2/models/mine/{path}", headers=with_key)
+        assert answer.status_code != 403, (method, path)
+
+
 async def test_without_that_setting_everyone_needs_a_key(etcd: EtcdClient, telemetry: Telemetry) -> None:
     async with running(etcd, telemetry, keyless=False) as lab:
         del lab.client.headers["authorization"]
@@ -218,7 +267,7 @@ async def test_requests_are_counted_by_version_and_status(lab: Lab) -> None:
     await lab.client.post(INFER)
     await lab.client.post(INFER, content=b"bad")
     await lab.client.post("/v2/models/nobody/infer")
-    text = (await lab.client.get("/metrics")).text
+    text = await lab.metrics()
     assert 'lepton_gateway_refused_requests_total{code="404"} 1.0' in text
     labels = 'model="m",tenant="acme",version="1"'
     assert f'lepton_gateway_requests_total{{code="200",{labels}}} 1.0' in text

@@ -101,7 +101,7 @@ async def test_a_caller_that_leaves_takes_its_request_along(lab: Lab) -> None:
             await lab.mesh.arrived.wait()
     async with lab.patience():
         await left.wait()
-    text = (await lab.client.get("/metrics")).text
+    text = await lab.metrics()
     assert 'lepton_gateway_requests_total{code="499",model="m",tenant="acme",version=""} 1.0' in text
     assert 'lepton_gateway_in_flight{model="m",tenant="acme"} 0.0' in text
 

@@ -81,7 +81,7 @@ async def test_windows_arrive_and_add_up_to_the_answers(kafka: str, etcd: EtcdCl
             await asyncio.gather(*(lab.client.post(INFER) for _ in range(50)))
             await asyncio.sleep(0.2)
         windows = await heard.until_answers(600)
-        text = (await lab.client.get("/metrics")).text
+        text = await lab.metrics()
 
     assert counted(windows) == {
         (1, False, "ok"): given[200],
@@ -113,7 +113,7 @@ async def test_without_kafka_no_request_fails(lab: Lab) -> None:
         answers = await asyncio.gather(*(lab.client.post(INFER) for _ in range(50)))
         assert {each.status_code for each in answers} == {200}
         await asyncio.sleep(0.3)
-    text = (await lab.client.get("/metrics")).text
+    text = await lab.metrics()
     assert "lepton_gateway_windows_sent_total 0.0" in text
     assert 'code="200",model="m",tenant="acme",version="1"} 250.0' in text
 

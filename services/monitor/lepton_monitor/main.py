@@ -37,6 +37,7 @@ def build(settings: Settings, telemetry: Telemetry, db: Database, etcd: EtcdClie
 
     service = Service("monitor", settings, telemetry, db=db, bus=bus)
     service.on_close(etcd.close)
+    service.background(etcd.check_version)
     service.background(keys.mirror.run)
     service.prepare(partial(migrate, db, "lepton_monitor"))
     service.prepare(history.make_partitions)

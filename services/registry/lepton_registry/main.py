@@ -44,6 +44,7 @@ def build(settings: Settings, telemetry: Telemetry, db: Database, etcd: EtcdClie
 
     service = Service("registry", settings, telemetry, db=db, bus=bus)
     service.on_close(etcd.close)
+    service.background(etcd.check_version)
     service.background(keys.mirror.run)
     service.prepare(partial(migrate, db, "lepton_registry"))
     if digest := settings.bootstrap_key_sha256:

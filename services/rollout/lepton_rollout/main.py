@@ -69,6 +69,7 @@ def build(
 
     service = Service("rollout", settings, telemetry, db=db, bus=bus)
     service.on_close(etcd.close)
+    service.background(etcd.check_version)
     service.on_close(mesh.close)
     service.on_close(runner.close)
     service.background(keys.mirror.run)

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import structlog
 from lepton_common import compression, http11, oip
-from lepton_common.errors import Invalid, LeptonError, Overloaded, status_of
+from lepton_common.errors import Forbidden, Invalid, LeptonError, Overloaded, status_of
 from lepton_common.health import Readiness
 from lepton_common.http11 import Request
 from lepton_common.telemetry import METRICS_CONTENT_TYPE
@@ -56,6 +56,8 @@ class Api:
     def handle(self, request: Request) -> None:
         """The request is answered, now or when its batch has run."""
         try:
+            if b"origin" in request.headers:
+                raise Forbidden("a worker asks for no key, so it answers no page in a browser: ask the gateway")
             if request.method == "POST":
                 self._post(request)
             else:

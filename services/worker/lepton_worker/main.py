@@ -99,6 +99,7 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient) -> Service
 
     telemetry.registry.register(Metrics(assignments.lanes, assignments.views, lambda: mirror.stale_s(time.monotonic())))
     service.on_close(etcd.close)
+    service.background(etcd.check_version)
     service.background(mirror.run)
     service.background(assign)
     service.background(announce)

@@ -329,6 +329,12 @@ def test_what_is_not_there_is_an_oip_error(method: str, path: str, status: int, 
     assert isinstance(json.loads(body)["error"], str)
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"])
+def test_no_page_in_a_browser_is_answered(method: str, worker: WorkerRecipe) -> None:
+    for origin in ("https://evil.example", "null", "http://127.0.0.1"):
+        assert ask(worker, method, "/v2/models/double/infer", origin=origin)[0] == 403
+
+
 def test_health_and_metrics_are_on_the_same_port(worker: WorkerRecipe) -> None:
     assert ask(worker, "GET", "/health/live")[0] == 200
     assert ask(worker, "GET", "/health/ready")[0] == 200

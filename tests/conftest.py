@@ -16,10 +16,10 @@ import pytest
 from lepton import Client
 from tritonclient.http import InferenceServerClient
 
-from . import onnx_models
-from .command import Lepton, command
-from .local_platform import Platform, running_platform, until
-from .oip_requests import GOOD, ROW, infer
+from .integration import onnx_models
+from .integration.command import Lepton, command
+from .integration.local_platform import Platform, running_platform, until
+from .integration.oip_requests import GOOD, ROW, infer
 
 SETTINGS = {
     # A model that hangs while it loads is given up after so long. Sound ones take a second or two.
@@ -28,14 +28,24 @@ SETTINGS = {
     "LEPTON_INSTANCES": "1",
 }
 
+# Python runs the sitecustomize.py in it before anything else.
+AUDITED = Path(__file__).with_name("security") / "audited"
+
 _numbers = count(1)
 
 
 @pytest.fixture(scope="package")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+def platform(tmp_path_factory: pytest.TempPathFactory, pickles: Path) -> Iterator[Platform]:
     """The platform that all share, with two workers."""
-    with running_platform(tmp_path_factory.mktemp("platform"), settings=SETTINGS) as platform:
+    audited = {"PYTHONPATH": str(AUDITED), "PICKLES": str(pickles)}
+    with running_platform(tmp_path_factory.mktemp("platform"), settings={**SETTINGS, **audited}) as platform:
         yield platform
+
+
+@pytest.fixture(scope="package")
+def pickles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a file of every Python process of the platform, which says what it unpickled."""
+    return tmp_path_factory.mktemp("pickles")
 
 
 @pytest.fixture
