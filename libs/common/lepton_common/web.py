@@ -20,8 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as ASGIScope
 
 from lepton_common.auth import Caller, Keys, secret_of
-from lepton_common.errors import LeptonError, Unauthenticated, Unavailable, status_of
+from lepton_common.errors import Denied, LeptonError, Unauthenticated, Unavailable, status_of
 from lepton_common.health import Readiness
+from lepton_common.journal import origin
 from lepton_common.records import Scope
 from lepton_common.service import Service
 from lepton_common.telemetry import METRICS_CONTENT_TYPE
@@ -63,6 +64,7 @@ def create_app(service: Service, keys: Keys, *, unlimited: Sequence[str] = ()) -
         },
         exception_handlers={
             LeptonError: _on_lepton_error,
+            Denied: _on_denied,
             HTTPException: _on_http_error,
             RequestValidationError: _on_validation_error,
         },
@@ -85,6 +87,12 @@ def caller(scope: Scope) -> Any:
         return keys.check(secret, scope, datetime.now(UTC))
 
     return Depends(check)
+
+
+def peer_of(request: Request) -> str:
+    """From where the caller calls, for the audit."""
+    peer = request.client.host if request.client else ""
+    return origin(peer, dict(request.scope["headers"]).get(b"x-forwarded-for"))
 
 
 def problem(
@@ -192,6 +200,14 @@ def _add_operational_routes(app: FastAPI, service: Service) -> None:
 
 
 async def _on_lepton_error(_: Request, error: LeptonError) -> Response:
+    return problem_of(error)
+
+
+async def _on_denied(request: Request, error: Denied) -> Response:
+    keys: Keys = request.app.state.keys
+    # The route and not the path: somebody may have put a secret there.
+    route = getattr(request.scope.get("route"), "path", "")
+    keys.journal.refused(error, peer_of(request), f"{request.method} {route}")
     return problem_of(error)
 
 
