@@ -76,7 +76,10 @@ def create_app(service: Service, keys: Keys, *, unlimited: Sequence[str] = ()) -
 
 
 def caller(scope: Scope) -> Any:
-    """A dependency, `Annotated[Caller, caller(Scope.READ)]`: who calls. Without a key of that scope: 401 or 403."""
+    """A dependency, `Annotated[Caller, caller(Scope.READ)]`: who calls. Without a key of that scope: 401 or 403.
+
+    So too when the path or the query names a model that the key is not for: before anything is looked up.
+    """
 
     async def check(request: Request, _: Annotated[object, Depends(_bearer)]) -> Caller:
         headers = dict(request.scope["headers"])
@@ -84,7 +87,8 @@ def caller(scope: Scope) -> Any:
         if not secret:
             raise Unauthenticated("no key: send Authorization: Bearer lp_…")
         keys: Keys = request.app.state.keys
-        return keys.check(secret, scope, datetime.now(UTC))
+        model = request.path_params.get("model") or request.query_params.get("model")
+        return keys.check(secret, scope, datetime.now(UTC), model)
 
     return Depends(check)
 

@@ -24,6 +24,14 @@ from lepton_registry.domain import check_new_key, replaced, successor
 router = APIRouter(prefix="/v1")
 
 Admin = Annotated[Caller, caller(Scope.ADMIN)]
+
+
+async def _operator(by: Admin) -> Caller:
+    check_operator(by)
+    return by
+
+
+Operator = Annotated[Caller, Depends(_operator)]
 Peer = Annotated[str, Depends(peer_of)]
 KeyId = Annotated[str, Path(pattern="^[0-9a-f]{16}$")]
 
@@ -32,10 +40,9 @@ KeyId = Annotated[str, Path(pattern="^[0-9a-f]{16}$")]
 
 @router.post("/tenants", status_code=201, responses={200: {"model": shapes.Tenant}}, tags=["tenants"])
 async def create_tenant(
-    new: shapes.NewTenant, by: Admin, peer: Peer, parts: WithParts, response: Response
+    new: shapes.NewTenant, by: Operator, peer: Peer, parts: WithParts, response: Response
 ) -> shapes.Tenant:
     """The tenant exists; 200 when it did before. Only for the operator."""
-    check_operator(by)
     async with parts.db.transaction() as tx:
         if await store.add_tenant(tx, new.name):
             await tx.emit(TenantCreated(tenant=new.name, actor=by.name, by=by.key_id, peer=peer))
