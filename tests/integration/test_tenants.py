@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from threading import Event
 
+import httpx
 import pytest
 from lepton import Client
 from lepton.errors import Forbidden, NotFound, Unauthenticated
@@ -116,7 +117,7 @@ def test_new_key_counts_and_a_revoked_one_does_not_within_a_second_under_load(
     platform: Platform, client: Client, mlp: str, name: str
 ) -> None:
     key = client.create_key(name, scopes=["admin"])
-    asked = {
+    asked: dict[str, Callable[[httpx.Client], httpx.Response]] = {
         "gateway": partial(infer, model=mlp, body=GOOD),
         "registry": lambda http: http.get("/v1/models"),
         "rollout": lambda http: http.get("/v1/serving"),
@@ -150,7 +151,15 @@ def test_new_key_counts_and_a_revoked_one_does_not_within_a_second_under_load(
     print(f"the last request that a revoked key opened, in ms after revoking it: {late_ms}")
     assert max(late_ms.values()) < 1000
     assert all(seen == {200, 401} for seen in statuses.values())
-    assert key.id not in [each.id for each in client.keys()]
+    left = client.keys()
+    assert key.id not in [each.id for each in left]
+
+
+def test_last_use_of_a_key_is_listed_within_a_minute(client: Client) -> None:
+    def used() -> bool:
+        return any(each.name == "bootstrap" and each.last_used_at for each in client.keys())  # noqa: SIM118 - no dict
+
+    until(used, within_s=120, every_s=0.5)
 
 
 def test_key_expires(platform: Platform, client: Client, mlp: str, name: str) -> None:

@@ -1,6 +1,6 @@
 """What every service does about its callers: it knows the keys, verifies tokens, and tells of uses and refusals.
 
-Nothing here is on the path of a request: that notes in memory, and once a second, or a minute, it is told.
+Nothing here is on the path of a request: that notes in memory, and once a second, or every half a minute, it is told.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -13,7 +13,7 @@ from lepton_common.service import Service
 Tell = Callable[[Sequence[Event]], Awaitable[None]]
 
 REFUSALS_EVERY_S = 1.0
-USES_EVERY_S = 60.0
+USES_EVERY_S = 30.0
 
 
 def guard(service: Service, etcd: EtcdClient, tell: Tell) -> Keys:

@@ -132,7 +132,7 @@ class KeyRevoked(AccessChanged):
 
 
 class KeysUsed(AccessEvent):
-    """When keys of a tenant, by id, were last used at one service; told once a minute. Lossy."""
+    """When keys of a tenant, by id, were last used at one service, every half a minute. Lossy."""
 
     keys: dict[str, AwareDatetime]
 

@@ -115,7 +115,7 @@ class KeyRotation(Request):
 class Key(Response):
     """A key without its secret; `prefix` is the secret's beginning, to tell keys apart.
 
-    `replaced_by` is the id of the key that rotation put in its place. `last_used_at` is behind by a minute or two.
+    `replaced_by` is the id of the key that rotation put in its place. `last_used_at` is behind by up to a minute.
     """
 
     id: str

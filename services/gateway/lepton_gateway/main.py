@@ -2,8 +2,8 @@
 
 hears: etcd /lepton/keys (registry), /lepton/serving (rollout), /lepton/workers (worker);
        lepton.inference.requests, of anyone
-says:  lepton.inference.results; InferenceWindow, every second and model, KeysUsed and AccessRefused, past the outbox: what
-       Kafka cannot take is dropped
+says:  lepton.inference.results; past the outbox, where what Kafka cannot take is dropped: InferenceWindow, every second
+       and model, KeysUsed, AccessRefused
 owns:  nothing: a restart loses the last second's window at most
 """
 
