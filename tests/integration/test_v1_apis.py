@@ -23,6 +23,7 @@ SERVICES = {
         "GET /v1/keys",
         "POST /v1/keys",
         "DELETE /v1/keys/{key_id}",
+        "POST /v1/keys/{key_id}/rotate",
         "GET /v1/models",
         "GET /v1/models/{model}",
         "GET /v1/models/{model}/versions",

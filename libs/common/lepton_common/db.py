@@ -33,6 +33,8 @@ _POOL_SIZE = 10
 # another's sake (deadlock, serialization), out of resources, server shutting down, lock or idle time-out.
 _TRANSIENT = ("08", "40", "53", "57", "25P03", "55P03")
 
+_LIKE = str.maketrans("*?", "%_")
+
 Params = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
@@ -131,9 +133,20 @@ class Database:
             finally:
                 await connection.invalidate()
 
+    async def emit(self, events: Sequence[Event]) -> None:
+        """The events are in the outbox, all of them or none. Raises Unavailable."""
+        async with self.transaction() as tx:
+            for event in events:
+                await tx.emit(event)
+
     async def close(self) -> None:
         """No connection is left open."""
         await self.engine.dispose()
+
+
+def like(patterns: Sequence[str]) -> list[str]:
+    """Patterns of names (`fraud-*`, `?`) as SQL's LIKE ANY takes them; none is all. Names hold no % or _."""
+    return [pattern.translate(_LIKE) for pattern in patterns or ("*",)]
 
 
 async def migrate(db: Database, package: str) -> None:

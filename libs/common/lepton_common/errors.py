@@ -5,8 +5,9 @@
     │   ├── TooLarge      more bytes or elements than allowed
     │   ├── Unsupported   a well-formed request for something Lepton does not do
     │   └── UnsupportedEncoding   a body in a Content-Encoding that is not read
-    ├── Unauthenticated   no key, an unknown key, an expired key
-    ├── Forbidden         a valid key without the scope
+    ├── Denied            who calls may not; `key_id` says who that is, where a key was known
+    │   ├── Unauthenticated   no key, an unknown key, an expired key
+    │   └── Forbidden     a valid key without the scope, or for other models
     ├── NotFound          no such thing for this tenant
     ├── Conflict          the state does not allow it
     └── Unavailable       try again later (retryable)
@@ -41,10 +42,19 @@ class Unsupported(Invalid): ...
 class UnsupportedEncoding(Invalid): ...
 
 
-class Unauthenticated(LeptonError): ...
+class Denied(LeptonError):
+    """`tenant` and `key_id` are for the audit, not for the caller."""
+
+    def __init__(self, message: str, *, tenant: str = "", key_id: str = "") -> None:
+        super().__init__(message)
+        self.tenant = tenant
+        self.key_id = key_id
 
 
-class Forbidden(LeptonError): ...
+class Unauthenticated(Denied): ...
+
+
+class Forbidden(Denied): ...
 
 
 class NotFound(LeptonError): ...

@@ -7,7 +7,7 @@ Unavailable in bounded time and the next one goes to the next endpoint.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -111,6 +111,15 @@ class EtcdClient:
             compare.append(_equal(fence.key, rpc.Compare.CREATE, create_revision=fence.create_revision))
         request = rpc.TxnRequest(compare=compare, success=[rpc.RequestOp(request_put=_put(key, value, lease))])
         answer = await self._cluster.call(lambda to: to.txn, request)
+        if not answer.succeeded:
+            raise Conflict("changed by someone else meanwhile: read it again")
+        return int(answer.header.revision)
+
+    async def put_together(self, values: Mapping[str, bytes], unchanged: Versioned) -> int:
+        """Every key has its value, only if `unchanged` still is; else Conflict and nothing changed."""
+        compare = [_equal(unchanged.key, rpc.Compare.MOD, mod_revision=unchanged.mod_revision)]
+        puts = [rpc.RequestOp(request_put=_put(key, value, None)) for key, value in values.items()]
+        answer = await self._cluster.call(lambda to: to.txn, rpc.TxnRequest(compare=compare, success=puts))
         if not answer.succeeded:
             raise Conflict("changed by someone else meanwhile: read it again")
         return int(answer.header.revision)

@@ -77,9 +77,90 @@ class VersionPromoted(ModelEvent):
     previous: int | None = None
 
 
-# --- gateway --------------------------------------------------------------------------------------------------------
+# --- who may do what ------------------------------------------------------------------------------------------------
 
 Count = Annotated[int, Field(ge=0)]
+
+
+class AccessEvent(Event):
+    """A fact about tenants, keys and callers, for the audit. It never holds a secret."""
+
+    topic = "lepton.audit"
+
+
+class AccessChanged(AccessEvent):
+    """Somebody changed who may do what: `actor` by name, `by` is the id of their key, `peer` from where."""
+
+    actor: str
+    by: str
+    peer: str
+
+    @property
+    def subject(self) -> str:
+        return self.tenant
+
+
+class TenantCreated(AccessChanged):
+    """A tenant exists."""
+
+
+class KeyCreated(AccessChanged):
+    """A key counts from now on. `limits` are those of its own."""
+
+    key: str
+    name: str
+    scopes: tuple[str, ...]
+    models: tuple[str, ...] = ()
+    limits: dict[str, float] = {}
+    expires_at: AwareDatetime | None = None
+
+
+class KeyRotated(AccessChanged):
+    """Another key has the rights of this one, which ends soon."""
+
+    key: str
+    name: str
+    replaced_by: str
+    ends_at: AwareDatetime
+
+
+class KeyRevoked(AccessChanged):
+    """The key opens nothing any more."""
+
+    key: str
+    name: str
+
+
+class KeysUsed(AccessEvent):
+    """When keys of a tenant, by id, were last used at one service, every half a minute. Lossy."""
+
+    keys: dict[str, AwareDatetime]
+
+    @property
+    def subject(self) -> str:
+        return self.tenant
+
+
+class AccessRefused(AccessEvent):
+    """Somebody was refused (401, 403) so many times within a second, for one reason. Lossy.
+
+    `key` is the id of the key, empty where none was known: the tenant is `default` then. `what` was asked for first.
+    """
+
+    service: str
+    key: str = ""
+    peer: str
+    status: int
+    reason: str
+    what: str = ""
+    count: Annotated[int, Field(ge=1)] = 1
+
+    @property
+    def subject(self) -> str:
+        return self.key or self.peer
+
+
+# --- gateway --------------------------------------------------------------------------------------------------------
 
 
 class Tally(BaseModel):
@@ -256,6 +337,12 @@ _TYPES: dict[str, type[Event]] = {
         ModelCreated,
         VersionRegistered,
         VersionPromoted,
+        TenantCreated,
+        KeyCreated,
+        KeyRotated,
+        KeyRevoked,
+        KeysUsed,
+        AccessRefused,
         InferenceWindow,
         WindowClosed,
         PolicySet,

@@ -173,6 +173,7 @@ class KeyRecord(Record):
     """An API key. Its secret is not here: the etcd key is the secret's sha256. `expires_at` None means never.
 
     `models` are patterns (`fraud-*`) of the names that the key is for; none of them means every model of its tenant.
+    `replaced_by` is the id of the key that rotation put in its place.
     """
 
     id: str
@@ -184,3 +185,4 @@ class KeyRecord(Record):
     expires_at: AwareDatetime | None = None
     models: tuple[str, ...] = ()
     limits: KeyLimits = KeyLimits()
+    replaced_by: str | None = None

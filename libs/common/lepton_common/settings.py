@@ -1,11 +1,44 @@
 """Base of every service's settings: environment variables LEPTON_…, read once in `main`, passed down as values."""
 
+import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from lepton_common.records import Scope
 
 PREFIX = "LEPTON_"
+
+# Signatures that only the issuer can make. `none`, and HMAC, whose key would be the caller's too, are no choice.
+SigningAlgorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
+# Plain HTTP would let anyone on the way hand out keys of their own.
+IssuerUrl = Annotated[
+    str, Field(pattern=r"^(https://[^\s]+|http://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?(/[^\s]*)?)$")
+]
+
+
+class Oidc(BaseModel):
+    """An OpenID Connect issuer, and what its tokens' claims mean here. Nothing in a token counts that is not named."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    issuer: IssuerUrl
+    audience: Annotated[str, Field(min_length=1)]
+    scopes: Annotated[dict[str, Scope], Field(min_length=1)]
+    """what a value of the scopes' claim is here"""
+    scopes_claim: str = "scope"
+    """a list, or a text of words; `a.b` is the claim b inside a"""
+    tenant_claim: str = "tenant"
+    tenants: dict[str, str] = {}
+    """which tenant a value of the tenant's claim is; empty: the value is the tenant"""
+    algorithms: Annotated[tuple[SigningAlgorithm, ...], Field(min_length=1)] = ("RS256", "ES256")
+    jwks_url: IssuerUrl | None = None
+    """where the issuer's keys are; None: as its discovery document says"""
+
+
+def _from_json(value: object) -> object:
+    return json.loads(value) if isinstance(value, str) else value
 
 
 class Settings(BaseSettings):
@@ -33,6 +66,8 @@ class Settings(BaseSettings):
     """PostgreSQL, postgresql://user:password@host:port/database"""
     etcd: str = "127.0.0.1:2379"
     """etcd's endpoints, host:port[,host:port]"""
+    oidc: Annotated[Oidc | None, NoDecode, BeforeValidator(_from_json)] = None
+    """an OpenID Connect issuer whose tokens are taken beside keys: a JSON object with the fields of `Oidc`"""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """least severe log line to write"""
     otlp: Annotated[str, Field(pattern=r"^(https?://.+)?$")] = ""

@@ -31,6 +31,7 @@ def dead_letters(topic: str) -> str:
 _EVENTS = (
     Topic("lepton.models", retention_days=30),
     Topic("lepton.rollouts", retention_days=30),
+    Topic("lepton.audit", retention_days=90),
     Topic("lepton.windows", retention_days=2),
     Topic("lepton.telemetry", retention_days=1, partitions=12),
 )

@@ -21,8 +21,9 @@ from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as ASGIScope
 
 from lepton_common.auth import Caller, Keys, secret_of
-from lepton_common.errors import LeptonError, Unauthenticated, Unavailable, status_of
+from lepton_common.errors import Denied, LeptonError, Unauthenticated, Unavailable, status_of
 from lepton_common.health import Readiness
+from lepton_common.journal import origin
 from lepton_common.records import Scope
 from lepton_common.service import Service
 from lepton_common.telemetry import METRICS_CONTENT_TYPE
@@ -67,6 +68,7 @@ def create_app(service: Service, keys: Keys, *, unlimited: Sequence[str] = ()) -
         },
         exception_handlers={
             LeptonError: _on_lepton_error,
+            Denied: _on_denied,
             HTTPException: _on_http_error,
             RequestValidationError: _on_validation_error,
         },
@@ -78,7 +80,10 @@ def create_app(service: Service, keys: Keys, *, unlimited: Sequence[str] = ()) -
 
 
 def caller(scope: Scope) -> Any:
-    """A dependency, `Annotated[Caller, caller(Scope.READ)]`: who calls. Without a key of that scope: 401 or 403."""
+    """A dependency, `Annotated[Caller, caller(Scope.READ)]`: who calls. Without a key of that scope: 401 or 403.
+
+    So too when the path or the query names a model that the key is not for: before anything is looked up.
+    """
 
     async def check(request: Request, _: Annotated[object, Depends(_bearer)]) -> Caller:
         headers = dict(request.scope["headers"])
@@ -86,9 +91,16 @@ def caller(scope: Scope) -> Any:
         if not secret:
             raise Unauthenticated("no key: send Authorization: Bearer lp_…")
         keys: Keys = request.app.state.keys
-        return keys.check(secret, scope, datetime.now(UTC))
+        model = request.path_params.get("model") or request.query_params.get("model")
+        return keys.check(secret, scope, datetime.now(UTC), model)
 
     return Depends(check)
+
+
+def peer_of(request: Request) -> str:
+    """From where the caller calls, for the audit."""
+    peer = request.client.host if request.client else ""
+    return origin(peer, dict(request.scope["headers"]).get(b"x-forwarded-for"))
 
 
 def problem(
@@ -203,6 +215,14 @@ def _add_operational_routes(app: FastAPI, service: Service) -> None:
 
 
 async def _on_lepton_error(_: Request, error: LeptonError) -> Response:
+    return problem_of(error)
+
+
+async def _on_denied(request: Request, error: Denied) -> Response:
+    keys: Keys = request.app.state.keys
+    # The route and not the path: somebody may have put a secret there.
+    route = getattr(request.scope.get("route"), "path", "")
+    keys.journal.refused(error, peer_of(request), f"{request.method} {route}")
     return problem_of(error)
 
 

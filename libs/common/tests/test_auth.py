@@ -1,13 +1,18 @@
 import asyncio
 import hashlib
+import re
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from lepton_common.auth import Caller, Keys, check_operator, digest, new_secret, secret_of
-from lepton_common.errors import Forbidden, Unauthenticated, Unavailable
+from hypothesis import given
+from hypothesis import strategies as st
+from lepton_common.auth import Caller, Keys, authorise, check_operator, digest, new_secret, secret_of
+from lepton_common.errors import Forbidden, NotFound, Unauthenticated, Unavailable
 from lepton_common.etcd import EtcdClient
 from lepton_common.records import KEYS, KeyRecord, Scope
+from lepton_common.types import ModelRef
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -50,6 +55,7 @@ async def test_a_key_says_who_calls(etcd: EtcdClient, keys: Keys) -> None:
     expected = Caller("acme", frozenset({Scope.INFER, Scope.READ}), record.id, "ci")
     assert keys.check(secret, Scope.INFER, NOW) == expected
     assert keys.check(secret, Scope.READ, NOW) == expected
+    assert keys.journal.used == {"k1": NOW}
 
 
 async def test_a_missing_scope_is_forbidden_and_admin_has_them_all(etcd: EtcdClient, keys: Keys) -> None:
@@ -77,6 +83,39 @@ async def test_a_missing_scope_is_forbidden_and_admin_has_them_all(etcd: EtcdCli
 def test_a_scope_opens_what_it_needs_and_no_more(scope: Scope, opened: set[Scope]) -> None:
     caller = Caller("acme", frozenset({scope}), "k1", "ci")
     assert {each for each in Scope if caller.has(each)} == opened
+
+
+@given(
+    pattern=st.text("ab*?-", min_size=1, max_size=8),
+    model=st.text("ab-", min_size=1, max_size=8),
+)
+def test_a_pattern_is_for_the_names_it_matches_from_end_to_end(pattern: str, model: str) -> None:
+    caller = Caller("acme", frozenset({Scope.INFER}), "k1", "ci", models=("nothing", pattern))
+    expected = re.fullmatch(pattern.replace("*", ".*").replace("?", "."), model) is not None
+    assert caller.sees(model) is expected
+    if expected:
+        authorise(caller, Scope.INFER, model=model)
+        assert caller.ref(model) == ModelRef("acme", model)
+    else:
+        for refused in (lambda: authorise(caller, Scope.INFER, model=model), lambda: caller.ref(model)):
+            with pytest.raises(Forbidden, match=f"'{re.escape(model)}' is none of them") as error:
+                refused()
+            assert (error.value.tenant, error.value.key_id) == ("acme", "k1")
+
+
+def test_patterns_take_no_time_however_they_are_made() -> None:
+    caller = Caller("acme", frozenset(), "k1", "ci", models=("*a" * 31 + "b",))
+    began = time.perf_counter()
+    assert not caller.sees("a" * 5000)
+    assert time.perf_counter() - began < 1
+
+
+def test_a_tenant_is_managed_by_its_own_admins_and_by_the_operator() -> None:
+    for own, tenant in (("acme", "acme"), ("default", "acme")):
+        authorise(Caller(own, frozenset({Scope.ADMIN}), "k1", "ci"), Scope.ADMIN, tenant=tenant)
+    for own, tenant in (("acme", "other"), ("acme", "default")):
+        with pytest.raises(NotFound, match=f"no tenant '{tenant}'"):
+            authorise(Caller(own, frozenset({Scope.ADMIN}), "k1", "ci"), Scope.ADMIN, tenant=tenant)
 
 
 def test_the_operator_is_an_admin_of_the_default_tenant() -> None:

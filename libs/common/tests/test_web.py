@@ -28,7 +28,7 @@ from schemathesis.core.result import Ok
 class OneKey(Keys):
     """A table of one key, without etcd."""
 
-    def check(self, secret: str, scope: Scope, now: datetime) -> Caller:
+    def check(self, secret: str, scope: Scope, now: datetime, model: str | None = None) -> Caller:
         assert now.tzinfo is not None
         if secret != "lp_right":
             raise Unauthenticated("unknown API key")

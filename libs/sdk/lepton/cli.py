@@ -74,7 +74,9 @@ app.add_typer(
 app.add_typer(
     cli_mesh.commands, name="mesh", help="Look at the mesh, or move traffic by hand.", rich_help_panel=_TRAFFIC
 )
-app.add_typer(cli_keys.commands, name="keys", help="Make, list and revoke API keys.", rich_help_panel="Keys")
+_ACCESS = "Access"
+app.add_typer(cli_keys.commands, name="keys", help="Make, list, rotate and revoke API keys.", rich_help_panel=_ACCESS)
+app.add_typer(cli_keys.tenants, name="tenants", help="Make and list tenants.", rich_help_panel=_ACCESS)
 
 
 def _print_version(wanted: bool) -> None:

@@ -11,7 +11,7 @@ import orjson
 import stamina
 from pydantic import ValidationError
 
-from lepton import operations, operations_policies, operations_rollouts, upload
+from lepton import operations, operations_keys, operations_policies, operations_rollouts, upload
 from lepton.endpoint import Endpoint, find_endpoint
 from lepton.errors import DeadlineExceeded, LeptonError, Unreachable, error_of
 from lepton.flow import Ask, Flow, Pause, Reply, Work
@@ -52,11 +52,12 @@ class _Operation(Generic[P, T]):
 class _Operations:
     """What both clients can do. Each is documented, with its errors, where it is written: in `operations*.py`."""
 
-    tenants = _Operation(operations.tenants)
-    create_tenant = _Operation(operations.create_tenant)
-    keys = _Operation(operations.keys)
-    create_key = _Operation(operations.create_key)
-    revoke_key = _Operation(operations.revoke_key)
+    tenants = _Operation(operations_keys.tenants)
+    create_tenant = _Operation(operations_keys.create_tenant)
+    keys = _Operation(operations_keys.keys)
+    create_key = _Operation(operations_keys.create_key)
+    rotate_key = _Operation(operations_keys.rotate_key)
+    revoke_key = _Operation(operations_keys.revoke_key)
     upload = _Operation(upload.upload)
     push = _Operation(operations.push)
     models = _Operation(operations.models)

@@ -15,6 +15,8 @@ Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{1,200}$")]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 # A few named values. Without the extra the schema would let through the names that the pattern does not.
 _NAMED = Field(max_length=100, json_schema_extra={"additionalProperties": False})
+# The letters of names, and `*` for any of them, `?` for one.
+NamePattern = Annotated[str, StringConstraints(pattern=r"^[a-z0-9*?-]{1,63}$")]
 VersionNumber = Annotated[int, Field(ge=1, le=2_147_483_647)]
 
 T = TypeVar("T")
@@ -79,17 +81,42 @@ class Tenant(Response):
     created_at: datetime
 
 
+class KeyLimits(BaseModel):
+    """What one key may use; None is no limit of the key's own. `burst` is how many requests may come at once, where
+    their mean rate is limited: None is a second's worth. `per_day` counts infer requests from midnight UTC."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    rate_per_s: Annotated[Number, Field(gt=0)] | None = None
+    burst: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_concurrency: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    per_day: Annotated[int, Field(ge=1, le=2**53)] | None = None
+
+
 class NewKey(Request):
-    """A key to make. `tenant` None means the caller's own; `expires_at` None means never."""
+    """A key to make. `tenant` None means the caller's own; `expires_at` None means never.
+
+    `models` are patterns of the models' names that it is for (`fraud-*`); none of them means all of its tenant's.
+    """
 
     name: Text
     scopes: Annotated[list[Scope], Field(min_length=1, max_length=5)] = [Scope.INFER]
     tenant: Name | None = None
     expires_at: AwareDatetime | None = None
+    models: Annotated[list[NamePattern], Field(max_length=50)] = []
+    limits: KeyLimits = KeyLimits()
+
+
+class KeyRotation(Request):
+    """How many seconds the old secret goes on beside the new one."""
+
+    overlap_s: Annotated[int, Field(ge=0, le=30 * 24 * 3600)] = 3600
 
 
 class Key(Response):
-    """A key without its secret; `prefix` is the secret's beginning, to tell keys apart."""
+    """A key without its secret; `prefix` is the secret's beginning, to tell keys apart.
+
+    `replaced_by` is the id of the key that rotation put in its place. `last_used_at` is behind by up to a minute.
+    """
 
     id: str
     prefix: str
@@ -98,6 +125,10 @@ class Key(Response):
     scopes: list[Scope]
     created_at: datetime
     expires_at: datetime | None = None
+    models: list[str] = []
+    limits: KeyLimits = KeyLimits()
+    replaced_by: str | None = None
+    last_used_at: datetime | None = None
 
 
 class CreatedKey(Key):

@@ -1,10 +1,10 @@
-"""What a client can do, each operation once, as a flow (see `flow.py`): keys, models, inference.
+"""What a client can do, each operation once, as a flow (see `flow.py`): models, inference.
 
-Rollouts are in `operations_rollouts.py`; policies, windows and the mesh in `operations_policies.py`.
+Tenants and keys are in `operations_keys.py`, rollouts in `operations_rollouts.py`, policies, windows and the mesh in
+`operations_policies.py`.
 """
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -17,26 +17,18 @@ from lepton.flow import (
     ask,
     checked,
     get,
-    get_list,
     get_pages,
     parsed,
-    post,
     post_request,
     segment,
     work,
 )
 from lepton.models import (
     Batching,
-    CreatedKey,
-    Key,
     Model,
     ModelMetadata,
     Name,
-    NewKey,
-    NewTenant,
     NewVersion,
-    Scope,
-    Tenant,
     TimelineEntry,
     Version,
 )
@@ -48,41 +40,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from lepton.tensors import Outputs
-
-# --- tenants and keys -------------------------------------------------------------------------------------------------
-
-
-def tenants() -> Flow[list[Tenant]]:
-    """All tenants. Needs the scope `admin`."""
-    return get_list(Tenant, "/v1/tenants")
-
-
-def create_tenant(name: str) -> Flow[Tenant]:
-    """The tenant exists. Raises Conflict when it did before."""
-    return post(Tenant, "/v1/tenants", checked(NewTenant, name=name))
-
-
-def keys() -> Flow[list[Key]]:
-    """The tenant's keys, without their secrets."""
-    return get_list(Key, "/v1/keys")
-
-
-def create_key(
-    name: str,
-    *,
-    scopes: Sequence[Scope | str] = (Scope.INFER,),
-    tenant: str | None = None,
-    expires_at: datetime | None = None,
-) -> Flow[CreatedKey]:
-    """A new key; its secret is shown here and never again."""
-    wanted = checked(NewKey, name=name, scopes=list(scopes), tenant=tenant, expires_at=expires_at)
-    return post(CreatedKey, "/v1/keys", wanted)
-
-
-def revoke_key(key_id: str) -> Flow[None]:
-    """The key opens nothing any more. Raises NotFound."""
-    yield from ask(Ask(method="DELETE", path=f"/v1/keys/{segment(key_id)}"))
-
 
 # --- models -----------------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lepton.models import (
     CreatedKey,
     Model,
     Page,
+    Tenant,
     TimelineEntry,
     Upload,
     Version,
@@ -33,8 +34,8 @@ from typer.testing import CliRunner, Result
 from libs.sdk.tests.traffic import ROUTES, Answer, Traffic, not_found
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-SECRET = "lp_secret"
-KEY_ID = "0123456789abcdef"
+SECRET, NEW_SECRET = "lp_secret", "lp_another"
+KEY_ID, NEW_KEY_ID = "0123456789abcdef", "fedcba9876543210"
 
 # The model that is served answers with its inputs.
 SPECS = (TensorSpec("x", "FP32", (-1, 2)), TensorSpec("text", "BYTES", (-1,)), TensorSpec("n", "INT64", (-1,)))
@@ -51,6 +52,7 @@ class Platform(Traffic):
         self.staged: dict[str, bytearray] = {}
         self.versions: dict[str, list[Version]] = {}
         self.keys: list[CreatedKey] = []
+        self.tenants: list[Tenant] = []
         self.signature = Signature(SPECS[:1], SPECS[:1])
         self.broken_uploads: list[int] = []  # For each upload to break: after how many bytes.
         self.answers: list[Answer] = []  # Given to the next requests, whatever they are.
@@ -150,16 +152,34 @@ class Platform(Traffic):
             tenant="default",
             created_at=NOW,
             secret=SECRET,
-            **{name: wanted[name] for name in ("name", "scopes", "expires_at")},
+            **{name: wanted[name] for name in ("name", "scopes", "expires_at", "models", "limits")},
         )
         self.keys = [key]
         raise Answer(201, key)
+
+    def post_rotation(self, request: "Request", key: str) -> None:
+        old = next((each for each in self.keys if each.id == key), None)
+        if old is None:
+            raise not_found(f"there is no key {key!r}")
+        if old.replaced_by:
+            raise Answer(409, {"title": "Conflict", "status": 409, "detail": "it was rotated before"})
+        new = old.model_copy(update={"id": NEW_KEY_ID, "secret": NEW_SECRET})
+        ends_at = NOW + timedelta(seconds=request.json()["overlap_s"])
+        self.keys = [old.model_copy(update={"replaced_by": NEW_KEY_ID, "expires_at": ends_at}), new]
+        raise Answer(201, new)
+
+    def post_tenant(self, request: "Request") -> None:
+        self.tenants.append(Tenant(name=request.json()["name"], created_at=NOW))
+        raise Answer(201, self.tenants[-1])
+
+    def get_tenants(self, _: "Request") -> None:
+        raise Answer(200, [each.model_dump(mode="json") for each in self.tenants])
 
     def get_keys(self, _: "Request") -> None:
         raise Answer(200, [each.model_dump(mode="json", exclude={"secret"}) for each in self.keys])
 
     def delete_key(self, _: "Request", key: str) -> None:
-        raise Answer(204) if key == KEY_ID else not_found(f"there is no key {key!r}")
+        raise Answer(204) if key in (KEY_ID, NEW_KEY_ID) else not_found(f"there is no key {key!r}")
 
     # --- inference ---
 
@@ -190,6 +210,9 @@ _ROUTES: dict[tuple[str, str], Callable[..., None]] = {
     ("GET", "v1/models/*/timeline"): Platform.get_timeline,
     ("POST", "v1/keys"): Platform.post_key,
     ("GET", "v1/keys"): Platform.get_keys,
+    ("POST", "v1/keys/*/rotate"): Platform.post_rotation,
+    ("POST", "v1/tenants"): Platform.post_tenant,
+    ("GET", "v1/tenants"): Platform.get_tenants,
     ("DELETE", "v1/keys/*"): Platform.delete_key,
     **ROUTES,
     ("GET", "v2/models/*"): Platform.metadata,

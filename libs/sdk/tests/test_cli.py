@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import onnx.helper
 import pytest
 from lepton_common.signature import Signature
 
-from libs.sdk.tests.conftest import KEY_ID, SECRET, SPECS, Platform, Run, ok
+from libs.sdk.tests.conftest import KEY_ID, NEW_KEY_ID, NEW_SECRET, NOW, SECRET, SPECS, Platform, Run, ok
 from libs.sdk.tests.traffic import Answer
 
 
@@ -78,6 +79,57 @@ def test_a_key_is_revoked_by_its_name_too(run: Run, platform: Platform) -> None:
     ok(run("keys", "create", "robot"))
     assert "Revoked robot." in ok(run("keys", "revoke", "robot"))
     assert platform.counted(f"DELETE /v1/keys/{KEY_ID}") == 1
+
+
+def test_a_key_has_models_limits_and_an_end_of_its_own(run: Run, platform: Platform) -> None:
+    ok(
+        run(
+            *("keys", "create", "robot", "--tenant", "acme", "--scopes", "infer,deploy", "--models", "fraud-*,loan"),
+            *("--expires", "30d", "--rate", 100, "--burst", 20, "--concurrency", 10, "--per-day", 100_000),
+        )
+    )
+    [key] = platform.keys
+    assert (key.scopes, key.models) == (["infer", "deploy"], ["fraud-*", "loan"])
+    assert key.limits.model_dump() == {"rate_per_s": 100, "burst": 20, "max_concurrency": 10, "per_day": 100_000}
+    assert key.expires_at is not None
+    assert timedelta(days=29) < key.expires_at - datetime.now(UTC) < timedelta(days=30)
+    head, *lines = ok(run("keys", "list")).splitlines()
+    shown = " ".join(line[head.index("FOR") :].strip() for line in lines)
+    assert shown == "deploy infer on fraud-* loan, 100/s, burst 20, 10 at once, 100000/day"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--expires", "a while"), "such as 30d"),
+        (("--expires", "1d", "--days", "1"), "not both"),
+        (("--models", "Fraud"), "models"),
+        (("--rate", "-1"), "rate_per_s"),
+        (("--rate", "nan"), "rate_per_s"),
+    ],
+)
+def test_a_key_that_makes_no_sense_is_refused_naming_the_option(run: Run, options: tuple[str, ...], told: str) -> None:
+    result = run("keys", "create", "robot", *options)
+    assert result.exit_code in (1, 2)
+    assert told in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_key_is_rotated_by_its_name_and_revoked_with_what_is_left_of_it(run: Run, platform: Platform) -> None:
+    ok(run("keys", "create", "robot"))
+    result = run("keys", "rotate", "robot", "--overlap", "2h")
+    assert ok(result) == NEW_SECRET + "\n"
+    assert platform.keys[0].expires_at == NOW + timedelta(hours=2)
+    twice = run("keys", "rotate", KEY_ID)
+    assert (twice.exit_code, "`replaced_by`" in twice.stderr) == (1, True)
+    ok(run("keys", "revoke", "robot"))
+    assert platform.requests[-2:] == [f"DELETE /v1/keys/{each}" for each in (KEY_ID, NEW_KEY_ID)]
+
+
+def test_tenants_are_made_and_listed(run: Run) -> None:
+    assert "acme" in ok(run("tenants", "create", "acme"))
+    assert json.loads(ok(run("tenants", "create", "other", "--json")))["name"] == "other"
+    assert [line.split()[0] for line in ok(run("tenants", "list")).splitlines()] == ["NAME", "acme", "other"]
+    assert [each["name"] for each in json.loads(ok(run("tenants", "list", "--json")))] == ["acme", "other"]
 
 
 @pytest.mark.parametrize("key", ["nobody", "f" * 16])

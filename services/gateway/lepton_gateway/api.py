@@ -3,14 +3,15 @@
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import orjson
 import structlog
 from lepton_common import oip
-from lepton_common.auth import Caller
-from lepton_common.errors import Forbidden, Invalid, LeptonError, Limited, NotFound, Unavailable, Unsupported, status_of
+from lepton_common.auth import Caller, forbidden
+from lepton_common.errors import Denied, Invalid, LeptonError, Limited, NotFound, Unavailable, Unsupported, status_of
 from lepton_common.health import Readiness
 from lepton_common.http11 import JSON, Request, error_body
 from lepton_common.records import Scope
@@ -115,7 +116,7 @@ class Api:
     # --- through the mesh ---
 
     def _infer(self, request: Request, target: Target) -> None:
-        caller = self._callers.check(request, Scope.INFER)
+        caller = self._callers.check(request, Scope.INFER, target.model)
         version = _wanted_version(request, caller, target)
         route = self._route(caller, target, version)
         counts = route.counts
@@ -129,7 +130,7 @@ class Api:
 
     def _ask(self, request: Request, target: Target, line: str) -> None:
         """Something that a worker knows of the model."""
-        caller = self._callers.check_reader(request)
+        caller = self._callers.check_reader(request, target.model)
         version = _wanted_version(request, caller, target)
         self._proxy.send(request, self._route(caller, target, version), line, version, b"")
 
@@ -163,7 +164,8 @@ class Api:
         request.respond(status, JSON, body)
 
     def _model_ready(self, request: Request, target: Target) -> None:
-        serving = self._known(self._callers.check_reader(request).tenant, target.model, target.version).serving
+        caller = self._callers.check_reader(request, target.model)
+        serving = self._known(caller.tenant, target.model, target.version).serving
         reason = unready_reason(serving, target.version, self._routes.workers())
         if reason is None:
             answer(request, {"name": target.model, "ready": True})
@@ -179,25 +181,27 @@ class Api:
         caller = self._callers.check_reader(request)
         wanted = ready_only(request)
         workers = tuple(self._routes.workers())
-        routes = self._routes.of_tenant(caller.tenant)
+        routes = self._routes.of(caller)
         entries = [entry for route in routes for entry in index_of(route.serving, workers)]
         answer(request, [entry for entry in entries if entry["state"] == "READY" or not wanted])
 
     def _change(self, request: Request, target: Target) -> None:
-        self._callers.check(request, Scope.DEPLOY)
+        self._callers.check(request, Scope.DEPLOY, target.model)
         checked_name("model", target.model)  # It becomes part of a path.
         self._later(request, self._repository.change(request, target.model, target.page.name.lower()))
 
     def _statistics(self, request: Request, target: Target) -> None:
-        tenant = self._callers.check_reader(request).tenant
-        routes = [self._known(tenant, target.model, target.version)] if target.model else self._routes.of_tenant(tenant)
+        caller = self._callers.check_reader(request, target.model or None)
+        known = [self._known(caller.tenant, target.model, target.version)] if target.model else None
+        routes = self._routes.of(caller) if known is None else known
         self._later(request, self._repository.statistics(routes, target.version))
 
     def _trace(self, request: Request, target: Target) -> None:
         changes = request.method == "POST"
         model = None
         if target.model:
-            caller = self._callers.check(request, Scope.DEPLOY) if changes else self._callers.check_reader(request)
+            check = partial(self._callers.check, scope=Scope.DEPLOY) if changes else self._callers.check_reader
+            caller = check(request, model=target.model)
             model = self._routes.get(caller.tenant, target.model).serving.ref
         elif changes:
             self._callers.check_operator(request)
@@ -246,8 +250,15 @@ class Api:
             headers += b"www-authenticate: Bearer\r\n"
         elif status in (429, 503, 504):
             headers += b"retry-after: %d\r\n" % math.ceil(error.retry_after_s or 1)
+        if isinstance(error, Denied):
+            self._callers.refused(request, error, self._asked(request))
         self.refused[status] = self.refused.get(status, 0) + 1
         request.respond(status, headers, error_body(error.message))
+
+    def _asked(self, request: Request) -> str:
+        """What the caller wanted, without what it sent: there may be a secret in a path."""
+        target = self._targets.get(request.target)
+        return request.method if target is None else f"{request.method} {target.page.name.lower()}"
 
 
 def _wanted_version(request: Request, caller: Caller, target: Target) -> int | None:
@@ -259,8 +270,8 @@ def _wanted_version(request: Request, caller: Caller, target: Target) -> int | N
     header = request.headers.get(b"x-lepton-version")
     if header is None:
         return target.version
-    if not (caller.has(Scope.TEST) or caller.has(Scope.DEPLOY)):
-        raise Forbidden(f"header x-lepton-version needs an API key with the scope {Scope.TEST.value!r}")
+    if not caller.has(Scope.TEST):
+        raise forbidden(caller, f"header x-lepton-version needs an API key with the scope {Scope.TEST.value!r}")
     version = version_of(target.model, header.decode("latin-1"))
     if target.version not in (None, version):
         raise Invalid(f"the path names version {target.version}, header x-lepton-version {version}")

@@ -5,9 +5,10 @@ from functools import lru_cache
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from lepton_common.auth import DEFAULT_TENANT, Caller, Keys, check_operator, secret_of
-from lepton_common.errors import Forbidden, Unauthenticated
+from lepton_common.auth import DEFAULT_TENANT, Caller, Keys, authorise, check_operator, secret_of
+from lepton_common.errors import Denied, Forbidden, Unauthenticated
 from lepton_common.http11 import Request
+from lepton_common.journal import origin
 from lepton_common.records import Scope
 
 _LOCAL = Caller(tenant=DEFAULT_TENANT, scopes=frozenset({Scope.INFER}), key_id="", name="loopback")
@@ -18,12 +19,12 @@ class Callers:
         self._keys = keys
         self._keyless_loopback = keyless_loopback
 
-    def check(self, request: Request, scope: Scope) -> Caller:
-        """The caller, who has the scope. Raises Unauthenticated or Forbidden."""
+    def check(self, request: Request, scope: Scope, model: str | None = None) -> Caller:
+        """The caller, who has the scope, and is for the model. Raises Unauthenticated or Forbidden."""
         headers = request.headers
         secret = secret_of(headers.get(b"authorization"), headers.get(b"x-api-key"))
         if secret is not None:
-            return self._keys.check(secret, scope, datetime.now(UTC))
+            return self._keys.check(secret, scope, datetime.now(UTC), model)
         if not (self._keyless_loopback and _is_local(request.peer, headers.get(b"x-forwarded-for", b""))):
             raise Unauthenticated("send an API key as Authorization: Bearer lp_…")
         if foreign := _foreign_header(headers.get(b"host", b""), headers.get(b"origin")):
@@ -35,16 +36,23 @@ class Callers:
             raise Forbidden(f"this needs an API key with the scope {scope.value!r}")
         return _LOCAL
 
-    def check_reader(self, request: Request) -> Caller:
-        """The caller, who may look at models: whoever may use or read them."""
+    def check_reader(self, request: Request, model: str | None = None) -> Caller:
+        """The caller, who may look at the model, or at all that they see: whoever may use or read them."""
         try:
-            return self.check(request, Scope.INFER)
+            caller = self.check(request, Scope.INFER)
         except Forbidden:
-            return self.check(request, Scope.READ)
+            caller = self.check(request, Scope.READ)
+        authorise(caller, None, model=model)
+        return caller
 
     def check_operator(self, request: Request) -> None:
         """Raises Unauthenticated or Forbidden unless the caller is the operator."""
         check_operator(self.check(request, Scope.ADMIN))
+
+    def refused(self, request: Request, error: Denied, what: str) -> None:
+        """The refusal is noted, for the audit."""
+        peer = origin(request.peer, request.headers.get(b"x-forwarded-for"))
+        self._keys.journal.refused(error, peer, what)
 
 
 @lru_cache(maxsize=1024)

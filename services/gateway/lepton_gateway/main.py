@@ -2,8 +2,8 @@
 
 hears: etcd /lepton/keys (registry), /lepton/serving (rollout), /lepton/workers (worker);
        lepton.inference.requests, of anyone
-says:  lepton.inference.results; InferenceWindow, every second and model, past the outbox: what Kafka cannot take is
-       dropped
+says:  lepton.inference.results; past the outbox, where what Kafka cannot take is dropped: InferenceWindow, every second
+       and model, KeysUsed, AccessRefused
 owns:  nothing: a restart loses the last second's window at most
 """
 
@@ -13,7 +13,7 @@ from functools import partial
 
 import httpx
 from lepton_common import http2
-from lepton_common.auth import Keys
+from lepton_common.access import guard
 from lepton_common.etcd import EtcdClient
 from lepton_common.http11 import Server, ServerLimits
 from lepton_common.http11_client import Upstream, UpstreamLimits
@@ -44,7 +44,6 @@ from lepton_gateway.windows import Windows
 def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: Windows) -> Service:
     """The whole service."""
     service = Service("gateway", settings, telemetry)
-    keys = Keys(etcd)
     workers = Mirror(etcd, WORKERS, WorkerState.model_validate_json)
     routes = Routes(workers.items, windows)
     serving = Mirror(etcd, SERVING, Serving.model_validate_json, routes.changed)
@@ -53,6 +52,7 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
     shadow_upstream = Upstream(host, int(port), UpstreamLimits(max_connections=MAX_COPIES))
     shadows = Shadows(shadow_upstream, random.random)
     reporter = Reporter(windows, Producer(Bootstrap.parse(settings.kafka), "gateway"), settings.gateway_id)
+    keys = guard(service, etcd, reporter.tell)
     callers = Callers(keys, keyless_loopback=settings.keyless_loopback)
     # Rollout and the workers are near: a proxy for the world outside must not see their callers' keys.
     http = httpx.AsyncClient(trust_env=False)
@@ -74,8 +74,9 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
     service.on_close(shadow_upstream.close)
     service.on_close(upstream.close)
     service.on_close(http.aclose)
+    service.background(serving.run)
+    service.background(workers.run)
     for mirror in mirrors:
-        service.background(mirror.run)
         service.prepare(mirror.synced)
     service.background(reporter.run)
     room = Room(settings.async_concurrency, time.monotonic)

@@ -1,8 +1,9 @@
-"""Tells of closed windows on Kafka: an event a model and second. Lossy: what finds no room is dropped and counted."""
+"""Tells on Kafka of closed windows, an event a model and second, and of callers. Lossy: what finds no room is dropped
+and counted."""
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -11,7 +12,7 @@ from uuid import UUID, uuid5
 import structlog
 from lepton_common import envelope
 from lepton_common.errors import TooLarge, Unavailable
-from lepton_common.events import InferenceWindow, ShadowWindow, Tally, VersionWindow
+from lepton_common.events import Event, InferenceWindow, ShadowWindow, Tally, VersionWindow
 from lepton_common.kafka_client import Producer, Record
 
 from lepton_gateway.windows import Cell, Closed, Outcome, Windows
@@ -91,15 +92,21 @@ class Reporter:
         """What has been closed waits to be sent."""
         closed = self._windows.closed
         while closed:
-            self._put(event_of(closed.popleft(), self._gateway))
+            self.put(event_of(closed.popleft(), self._gateway))
             await asyncio.sleep(0)  # Many models' windows do not keep requests waiting.
 
-    def _put(self, window: InferenceWindow) -> None:
+    async def tell(self, events: Sequence[Event]) -> None:
+        """They are told too, as windows are."""
+        for event in events:
+            self.put(event)
+
+    def put(self, event: Event) -> None:
+        """The event waits to be sent."""
         try:
-            message = envelope.encode(window, _SOURCE)
+            message = envelope.encode(event, _SOURCE)
         except TooLarge:
             self._dropped += 1
-            _log.exception("a window is too large to send")
+            _log.exception("an event is too large to send", type=type(event).__name__)
             return
         headers = [(name, value.encode()) for name, value in message.headers.items()]
         self._queue.append(Record(message.topic, message.key.encode(), message.value, headers))

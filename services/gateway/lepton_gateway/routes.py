@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
+from lepton_common.auth import Caller
 from lepton_common.errors import NotFound
 from lepton_common.records import Serving, WorkerState
 
@@ -113,9 +114,13 @@ class Routes:
             raise NotFound(f"model {model[:80]!r} is not known")
         return route
 
-    def of_tenant(self, tenant: str) -> list[Route]:
-        """The tenant's models by name."""
-        return [route for (owner, _), route in sorted(self._routes.items()) if owner == tenant]
+    def of(self, caller: Caller) -> list[Route]:
+        """The models that the caller sees, by name."""
+        return [
+            route
+            for (tenant, model), route in sorted(self._routes.items())
+            if tenant == caller.tenant and caller.sees(model)
+        ]
 
     def workers(self) -> Iterable[WorkerState]:
         return self._workers.values()

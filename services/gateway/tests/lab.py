@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,6 +29,7 @@ from lepton_common.records import (
     Share,
     WorkerState,
 )
+from lepton_common.settings import Oidc
 from lepton_common.telemetry import Telemetry
 from lepton_gateway.main import build
 from lepton_gateway.reporter import event_of
@@ -112,7 +113,9 @@ class Lab:
         state = WorkerState(id=worker, pool="cpu", address=address, device="cpu", versions=versions)
         await self.etcd.put(WORKERS + worker, state.model_dump_json().encode())
 
-    async def new_key(self, *scopes: Scope, tenant: str = "acme", expires_at: datetime | None = None) -> str:
+    async def new_key(
+        self, *scopes: Scope, tenant: str = "acme", expires_at: datetime | None = None, models: Sequence[str] = ()
+    ) -> str:
         secret, digest, prefix = new_secret()
         record = KeyRecord(
             id=prefix,
@@ -122,6 +125,7 @@ class Lab:
             scopes=frozenset(scopes),
             created_at=datetime.now(UTC),
             expires_at=expires_at,
+            models=tuple(models),
         )
         await self.etcd.put(KEYS + digest, record.model_dump_json().encode())
         return secret
@@ -154,6 +158,7 @@ async def running(
     rollout_url: str = "http://127.0.0.1:1",
     keyless: bool = True,
     kafka: str = "127.0.0.1:1",
+    oidc: Oidc | None = None,
 ) -> AsyncIterator[Lab]:
     mesh = Mesh()
     mesh_server = Server(mesh)
@@ -169,6 +174,7 @@ async def running(
         max_body_bytes=1_000_000,
         kafka=kafka,
         gateway_id="lab",
+        oidc=oidc,
     )
     windows = KeptWindows()
     service = build(settings, telemetry, etcd, windows)

@@ -45,7 +45,7 @@ def router(db: Database, now: Callable[[], datetime]) -> APIRouter:
 
         Without `since` it is the last quarter of an hour by the second, or the last day by the minute.
         """
-        ref = ModelRef(by.tenant, model)
+        ref = by.ref(model)
         first, end, step_s = _span(since, until, resolution, now().timestamp())
         async with db.transaction() as tx:
             found = await (_minutes if step_s == 60 else store.list_seconds)(tx, ref, first, end, limit)
@@ -62,7 +62,7 @@ def router(db: Database, now: Callable[[], datetime]) -> APIRouter:
         """Count events that the platform does not know, in the second in which they are told."""
         at = now()
         async with db.transaction() as tx:
-            await _count(tx, ModelRef(by.tenant, new.model), new, at)
+            await _count(tx, by.ref(new.model), new, at)
 
     return routes
 

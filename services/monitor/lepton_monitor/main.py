@@ -8,7 +8,7 @@ owns:  schema monitor: tables inputs, models, seconds and minutes
 from datetime import UTC, datetime
 from functools import partial
 
-from lepton_common.auth import Keys
+from lepton_common.access import guard
 from lepton_common.bus import Bus
 from lepton_common.db import Database, migrate
 from lepton_common.etcd import EtcdClient
@@ -32,13 +32,13 @@ _AGAIN_S = 1.0
 
 def build(settings: Settings, telemetry: Telemetry, db: Database, etcd: EtcdClient, bus: Bus) -> Service:
     """The whole service. Its replicas share the work."""
-    keys, closing, measures = Keys(etcd), Closing(), Measures(telemetry.registry)
+    closing, measures = Closing(), Measures(telemetry.registry)
     history = History(db, closing, settings.seconds_kept_s, settings.minutes_kept_days, _now)
 
     service = Service("monitor", settings, telemetry, db=db, bus=bus)
     service.on_close(etcd.close)
     service.background(etcd.check_version)
-    service.background(keys.mirror.run)
+    keys = guard(service, etcd, db.emit)
     service.prepare(partial(migrate, db, "lepton_monitor"))
     service.prepare(history.make_partitions)
     service.prepare(keys.mirror.synced)

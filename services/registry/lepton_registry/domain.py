@@ -1,4 +1,4 @@
-"""The registry's rules: who may manage what, how versions are numbered, what a fact changes and how it is told."""
+"""The registry's rules: which keys there may be, how versions are numbered, what a fact changes and how it is told."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -8,13 +8,15 @@ from enum import StrEnum
 from typing import Any, TypeGuard
 from uuid import UUID
 
-from lepton_common.auth import DEFAULT_TENANT
-from lepton_common.errors import Conflict, Invalid, NotFound
+from lepton_common.errors import Conflict, Invalid
 from lepton_common.events import Batching, Event, ModelEvent, RolloutEvent, VersionRegistered
-from lepton_common.records import KeyRecord
+from lepton_common.records import KeyRecord, Scope
 from lepton_common.signature import Signature
 
 PRODUCTION = "production"
+
+# Of the operator's first key not even the beginning of its secret is known.
+BOOTSTRAP_PREFIX = "lp_"
 
 # Every kind of bytes that inspection lets through.
 ONNX = "onnx"
@@ -108,28 +110,40 @@ class Entry:
     seq: int = 0
 
 
-def manages(own: str, tenant: str) -> bool:
-    """Whether an admin key of tenant `own` manages that tenant."""
-    return own in (tenant, DEFAULT_TENANT)
-
-
-def managed_tenant(own: str, asked: str | None) -> str:
-    """The tenant that an admin of tenant `own` means. Raises NotFound for one that it does not manage."""
-    tenant = asked or own
-    if manages(own, tenant):
-        return tenant
-    raise NotFound(f"no tenant {tenant!r}")
-
-
-def check_new_key(name: str, expires_at: datetime | None, existing: Iterable[KeyRecord], now: datetime) -> None:
-    """Raises Invalid for a key that would be dead at birth, Conflict when one of the tenant's keys has the name.
+def check_new_key(wanted: KeyRecord, existing: Iterable[KeyRecord]) -> None:
+    """Raises Invalid for a key that would be dead at birth or open more than it says, Conflict for a name in use.
 
     A name used once makes a repeated request harmless: no second secret lives on that nobody has seen.
     """
-    if expires_at is not None and expires_at <= now:
+    if wanted.expires_at is not None and wanted.expires_at <= wanted.created_at:
         raise Invalid("expires_at is in the past")
-    if any(key.name == name for key in existing):
-        raise Conflict(f"a key named {name!r} exists; revoke it first, or choose another name")
+    if wanted.models and Scope.ADMIN in wanted.scopes:
+        raise Invalid("models: a key with the scope admin makes keys for every model, so it cannot be for some only")
+    if wanted.limits.burst is not None and wanted.limits.rate_per_s is None:
+        raise Invalid("limits.burst says how far requests may run ahead of a rate: set limits.rate_per_s too")
+    if any(key.name == wanted.name for key in existing):
+        raise Conflict(f"a key named {wanted.name!r} exists; revoke it first, or choose another name")
+
+
+def successor(old: KeyRecord, key_id: str, prefix: str, now: datetime) -> KeyRecord:
+    """The key that takes the old one's place: the same rights, and as long to live as that one had at first.
+
+    Raises Conflict for a key that was replaced before, which makes a repeat harmless, and for one that is over.
+    """
+    if old.prefix == BOOTSTRAP_PREFIX:
+        raise Conflict("the bootstrap key is the registry's setting: change LEPTON_BOOTSTRAP_KEY_SHA256")
+    if old.replaced_by is not None:
+        raise Conflict(f"key {old.id} was rotated before: {old.replaced_by} has its place; rotate that if it was lost")
+    if old.expires_at is not None and old.expires_at <= now:
+        raise Conflict(f"key {old.id} has expired: create another")
+    expires_at = None if old.expires_at is None else now + (old.expires_at - old.created_at)
+    return old.model_copy(update={"id": key_id, "prefix": prefix, "created_at": now, "expires_at": expires_at})
+
+
+def replaced(old: KeyRecord, by: str, ends_at: datetime) -> KeyRecord:
+    """The old key, which ends then, or before if it would have anyway."""
+    ends_at = ends_at if old.expires_at is None else min(ends_at, old.expires_at)
+    return old.model_copy(update={"replaced_by": by, "expires_at": ends_at})
 
 
 def next_version(model: Model, artifact: Artifact, push: Push) -> Version:

@@ -1,7 +1,8 @@
-"""What the registry does when something happened: it tells it on the model's timeline, and moves `production`."""
+"""What the registry does when something happened: it tells it on the model's timeline, moves `production`, and knows
+when keys were used."""
 
 from lepton_common.db import Tx
-from lepton_common.events import ModelEvent, RolloutFinished, VersionPromoted
+from lepton_common.events import KeysUsed, ModelEvent, RolloutFinished, VersionPromoted
 from lepton_common.types import VersionRef
 
 from lepton_registry import store
@@ -30,3 +31,8 @@ async def on_rollout_finished(event: RolloutFinished, tx: Tx) -> None:
     if state is VersionState.PROMOTED and previous != event.version:
         await store.save_alias(tx, version, PRODUCTION)
         await tx.emit(VersionPromoted(tenant=event.tenant, model=event.model, version=event.version, previous=previous))
+
+
+async def on_keys_used(event: KeysUsed, tx: Tx) -> None:
+    """Decide: the keys' last uses are known."""
+    await store.save_key_uses(tx, event.keys)

@@ -1,7 +1,7 @@
 """registry knows what there is: tenants, keys, artifacts, models, versions, and every model's timeline.
 
-hears: every fact of a model's story (registry, rollout)
-says:  ModelCreated, VersionRegistered, VersionPromoted
+hears: every fact of a model's story (registry, rollout), KeysUsed (every service)
+says:  ModelCreated, VersionRegistered, VersionPromoted, TenantCreated, KeyCreated, KeyRotated, KeyRevoked
 owns:  schema registry, the blobs, etcd /lepton/keys
 """
 
@@ -10,21 +10,21 @@ from datetime import UTC, datetime
 from functools import partial
 
 from lepton_common import events
-from lepton_common.auth import Keys
+from lepton_common.access import guard
 from lepton_common.blobs import Blobs
 from lepton_common.bus import Bus
 from lepton_common.db import Database, migrate
 from lepton_common.etcd import EtcdClient
-from lepton_common.events import RolloutFinished
+from lepton_common.events import KeysUsed, RolloutFinished
 from lepton_common.kafka import KafkaBus
 from lepton_common.kafka_client import ensure_topics
 from lepton_common.service import Service, run
 from lepton_common.telemetry import Telemetry, configure
 from lepton_common.web import create_app
 
-from lepton_registry import api, api_artifacts
+from lepton_registry import api, api_artifacts, api_keys
 from lepton_registry.domain import is_told
-from lepton_registry.handlers import on_fact, on_rollout_finished
+from lepton_registry.handlers import on_fact, on_keys_used, on_rollout_finished
 from lepton_registry.inspector import ChildInspector
 from lepton_registry.keys import ensure_bootstrap_key
 from lepton_registry.settings import Settings
@@ -35,7 +35,6 @@ _SWEEP_EVERY_S = 600.0
 
 def build(settings: Settings, telemetry: Telemetry, db: Database, etcd: EtcdClient, bus: Bus) -> Service:
     """The whole service. Several may share everything but the staging folder."""
-    keys = Keys(etcd)
     staging = Staging(settings.staging, settings.max_artifact_bytes)
     inspector = ChildInspector(settings.inspection_timeout_s)
 
@@ -45,7 +44,7 @@ def build(settings: Settings, telemetry: Telemetry, db: Database, etcd: EtcdClie
     service = Service("registry", settings, telemetry, db=db, bus=bus)
     service.on_close(etcd.close)
     service.background(etcd.check_version)
-    service.background(keys.mirror.run)
+    keys = guard(service, etcd, db.emit)
     service.prepare(partial(migrate, db, "lepton_registry"))
     if digest := settings.bootstrap_key_sha256:
         service.prepare(partial(ensure_bootstrap_key, etcd, digest, datetime.now(UTC)))
@@ -55,9 +54,11 @@ def build(settings: Settings, telemetry: Telemetry, db: Database, etcd: EtcdClie
         if is_told(kind) and kind is not RolloutFinished:
             service.decide(kind, on_fact)
     service.decide(RolloutFinished, on_rollout_finished)
+    service.decide(KeysUsed, on_keys_used, keyed=True)
 
     app = create_app(service, keys, unlimited=[api_artifacts.PREFIX])
     app.state.parts = api.Parts(db, etcd, Blobs(settings.blobs), staging, inspector)
+    app.include_router(api_keys.router)
     app.include_router(api.router)
     app.include_router(api_artifacts.router)
     service.web(app)

@@ -1,11 +1,11 @@
 """What the registry remembers, in PostgreSQL."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from lepton_common.db import Tx
+from lepton_common.db import Tx, like
 from lepton_common.errors import NotFound
 from lepton_common.events import Batching
 from lepton_common.signature import Signature
@@ -33,6 +33,30 @@ async def lock_tenant(tx: Tx, name: str) -> Tenant:
 
 async def list_tenants(tx: Tx) -> list[Tenant]:
     return [Tenant(**row) for row in await _rows(tx, "SELECT * FROM tenants ORDER BY name", {})]
+
+
+# --- keys, of which etcd has the rest ---------------------------------------------------------------------------------
+
+
+async def save_key_uses(tx: Tx, uses: Mapping[str, datetime]) -> None:
+    """Each key's last use is known; an older one changes nothing."""
+    await tx.execute(
+        """
+        INSERT INTO key_uses (key, last_used_at)
+        SELECT * FROM unnest(CAST(:keys AS text[]), CAST(:times AS timestamptz[]))
+        ON CONFLICT (key) DO UPDATE SET last_used_at = greatest(key_uses.last_used_at, excluded.last_used_at)
+        """,
+        {"keys": sorted(uses), "times": [uses[key] for key in sorted(uses)]},
+    )
+
+
+async def list_key_uses(tx: Tx, keys: Sequence[str]) -> dict[str, datetime]:
+    rows = await _rows(tx, "SELECT * FROM key_uses WHERE key = ANY (CAST(:keys AS text[]))", {"keys": list(keys)})
+    return {row["key"]: row["last_used_at"] for row in rows}
+
+
+async def remove_key_use(tx: Tx, key: str) -> None:
+    await tx.execute("DELETE FROM key_uses WHERE key = :key", {"key": key})
 
 
 # --- artifacts --------------------------------------------------------------------------------------------------------
@@ -107,12 +131,15 @@ async def lock_model(tx: Tx, model: ModelRef) -> Model:
     return _model(model, row)
 
 
-async def list_models(tx: Tx, tenant: str, after: str, limit: int) -> list[Model]:
-    """Models by name, those after that name."""
+async def list_models(tx: Tx, tenant: str, after: str, limit: int, patterns: Sequence[str] = ()) -> list[Model]:
+    """Models by name that a pattern matches, those after that name."""
     rows = await _rows(
         tx,
-        f"{_MODELS} WHERE models.tenant = :tenant AND models.name > :after ORDER BY models.name LIMIT :limit",
-        {"tenant": tenant, "after": after, "limit": limit},
+        f"""
+        {_MODELS} WHERE models.tenant = :tenant AND models.name > :after
+        AND models.name LIKE ANY (CAST(:patterns AS text[])) ORDER BY models.name LIMIT :limit
+        """,
+        {"tenant": tenant, "after": after, "limit": limit, "patterns": like(patterns)},
     )
     return [Model(**row) for row in rows]
 

@@ -17,7 +17,7 @@ from lepton_common.bus import Bus, E
 from lepton_common.db import Database
 from lepton_common.envelope import Message
 from lepton_common.etcd import EtcdClient
-from lepton_common.events import Event, decode
+from lepton_common.events import AccessEvent, Event, decode
 from lepton_common.service import Service
 from lepton_common.telemetry import configure
 from lepton_registry.main import build
@@ -27,10 +27,11 @@ OPERATOR = new_secret()[0]
 
 
 class RecordingBus:
-    """Takes every message the outbox brings, and brings none."""
+    """Takes every message the outbox brings, and brings none. What is for the audit is kept apart."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.audit: list[AccessEvent] = []
         self.came = asyncio.Condition()
 
     def subscribe(self, kind: type[E], handler: Callable[[E], Awaitable[None]]) -> None: ...
@@ -40,10 +41,20 @@ class RecordingBus:
 
     async def send(self, messages: Sequence[Message]) -> None:
         async with self.came:
-            self.events += [decode(each.headers["ce_type"], each.value) for each in messages]
+            for event in [decode(each.headers["ce_type"], each.value) for each in messages]:
+                if isinstance(event, AccessEvent):
+                    self.audit.append(event)
+                else:
+                    self.events.append(event)
             self.came.notify_all()
 
     async def close(self) -> None: ...
+
+    async def told(self, holds: Callable[[list[AccessEvent]], bool]) -> list[AccessEvent]:
+        """What the audit was told, as soon as that holds."""
+        async with asyncio.timeout(30), self.came:
+            await self.came.wait_for(lambda: holds(self.audit))
+        return list(self.audit)
 
     async def first(self, count: int) -> list[Event]:
         """The first events, as soon as there are so many."""

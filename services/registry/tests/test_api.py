@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
-from lepton_common.auth import new_secret
 from lepton_common.events import ModelCreated, VersionRegistered
 from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from .conftest import OPERATOR, Registry, model_bytes, until, until_known
+from .conftest import OPERATOR, Registry, model_bytes, until
 
 
 def sha256(data: bytes) -> str:
@@ -41,101 +39,6 @@ def problem(answer: httpx.Response, status: int) -> str:
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.json()["status"] == status
     return str(answer.json()["detail"])
-
-
-# --- tenants and keys -------------------------------------------------------------------------------------------------
-
-
-async def test_only_the_operator_makes_tenants(registry: Registry) -> None:
-    operator = await registry.client()
-    assert (await operator.post("/v1/tenants", json={"name": "acme"})).status_code == 201
-    assert (await operator.post("/v1/tenants", json={"name": "acme"})).status_code == 200
-    assert [each["name"] for each in (await operator.get("/v1/tenants")).json()] == ["acme", "default"]
-    admin = await registry.tenant("acme", "admin")
-    assert "only an admin key of the tenant 'default'" in problem(
-        await admin.post("/v1/tenants", json={"name": "more"}), 403
-    )
-    assert [each["name"] for each in (await admin.get("/v1/tenants")).json()] == ["acme"]
-
-
-async def test_key_shows_its_secret_once_and_opens_until_it_is_revoked(registry: Registry) -> None:
-    operator = await registry.client()
-    answer = await operator.post("/v1/keys", json={"name": "ci", "scopes": ["read"]})
-    assert answer.status_code == 201
-    made = answer.json()
-    assert made["secret"].startswith(made["prefix"])
-    client = await registry.client(made["secret"])
-    await until_known(client)
-    listed = (await operator.get("/v1/keys")).json()
-    assert {**listed[-1], "secret": made["secret"]} == made
-    assert made["secret"] not in (await operator.get("/v1/keys")).text
-    assert (await client.get("/v1/models")).status_code == 200
-    assert (await operator.delete(f"/v1/keys/{made['id']}")).status_code == 204
-
-    async def is_revoked() -> bool:
-        return (await client.get("/v1/models")).status_code == 401
-
-    await until(is_revoked)
-    problem(await operator.delete(f"/v1/keys/{made['id']}"), 404)
-
-
-async def test_repeated_request_for_a_key_makes_no_second_one(registry: Registry) -> None:
-    operator = await registry.client()
-    answers = await asyncio.gather(*(operator.post("/v1/keys", json={"name": "ci"}) for _ in range(5)))
-    assert sorted(answer.status_code for answer in answers) == [201, 409, 409, 409, 409]
-    assert [each["name"] for each in (await operator.get("/v1/keys")).json()] == ["bootstrap", "ci"]
-
-
-async def test_admin_of_a_tenant_manages_its_own_keys_and_sees_no_others(registry: Registry) -> None:
-    admin, other = await registry.tenant("acme", "admin"), await registry.tenant("other", "admin")
-    own = (await admin.post("/v1/keys", json={"name": "own"})).raise_for_status().json()
-    assert own["tenant"] == "acme"
-    problem(await other.delete(f"/v1/keys/{own['id']}"), 404)
-    problem(await other.get("/v1/keys", params={"tenant": "acme"}), 404)
-    problem(await other.post("/v1/keys", json={"name": "spy", "tenant": "acme"}), 404)
-    assert "own" not in {each["name"] for each in (await other.get("/v1/keys")).json()}
-    operator = await registry.client()
-    assert "own" in {each["name"] for each in (await operator.get("/v1/keys", params={"tenant": "acme"})).json()}
-    problem(await operator.post("/v1/keys", json={"name": "lost", "tenant": "nobody"}), 404)
-
-
-async def test_key_that_has_expired_opens_nothing(registry: Registry) -> None:
-    operator = await registry.client()
-    past = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
-    assert "expires_at" in problem(await operator.post("/v1/keys", json={"name": "old", "expires_at": past}), 400)
-    soon = (datetime.now(UTC) + timedelta(seconds=1)).isoformat()
-    made = (await operator.post("/v1/keys", json={"name": "soon", "scopes": ["read"], "expires_at": soon})).json()
-    client = await registry.client(made["secret"])
-
-    async def has_expired() -> bool:
-        answer = await client.get("/v1/models")
-        return answer.status_code == 401 and "expired" in problem(answer, 401)
-
-    await until(has_expired)
-
-
-@pytest.mark.parametrize(
-    ("scope", "status"),
-    [
-        ("infer", (403, 403, 403)),
-        ("test", (403, 403, 403)),
-        ("read", (200, 403, 403)),
-        ("deploy", (200, 404, 403)),
-        ("admin", (200, 404, 200)),
-    ],
-)
-async def test_each_scope_opens_its_own_doors(registry: Registry, scope: str, status: tuple[int, int, int]) -> None:
-    client = await registry.tenant("acme", scope)
-    version = await client.post("/v1/models/m/versions", json={"sha256": "0" * 64})
-    answers = [await client.get("/v1/models"), version, await client.get("/v1/keys")]
-    assert tuple(answer.status_code for answer in answers) == status
-
-
-async def test_unknown_or_missing_key_is_turned_away(registry: Registry) -> None:
-    problem(await (await registry.client(new_secret()[0])).get("/v1/models"), 401)
-    async with httpx.AsyncClient(base_url=registry.url) as nobody:
-        problem(await nobody.get("/v1/models"), 401)
-        assert (await nobody.get("/v1/models", headers={"x-api-key": OPERATOR})).status_code == 200
 
 
 # --- artifacts --------------------------------------------------------------------------------------------------------
@@ -350,6 +253,7 @@ OPERATIONS = {
     "GET /v1/keys",
     "POST /v1/keys",
     "DELETE /v1/keys/{key_id}",
+    "POST /v1/keys/{key_id}/rotate",
     "GET /v1/models",
     "GET /v1/models/{model}",
     "GET /v1/models/{model}/versions",

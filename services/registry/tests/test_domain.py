@@ -5,8 +5,9 @@ from uuid import uuid4
 
 import pytest
 from lepton import models as shapes
-from lepton_common.errors import Conflict, Invalid, NotFound
+from lepton_common.errors import Conflict, Invalid
 from lepton_common.events import (
+    AccessEvent,
     Batching,
     MeshReturned,
     MeshTaken,
@@ -19,7 +20,7 @@ from lepton_common.events import (
     VersionRegistered,
     types,
 )
-from lepton_common.records import KeyRecord, Scope
+from lepton_common.records import KeyLimits, KeyRecord, Scope
 from lepton_common.signature import Signature, TensorSpec
 from lepton_registry.domain import (
     Artifact,
@@ -29,10 +30,11 @@ from lepton_registry.domain import (
     check_new_key,
     entry,
     is_told,
-    managed_tenant,
     next_version,
     registered,
+    replaced,
     state_after,
+    successor,
 )
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -51,23 +53,48 @@ def test_versions_count_up_and_are_told_with_all_that_a_worker_needs() -> None:
     assert (told.batching.max_rows, told.deploy, told.actor) == (8, False, "ci")
 
 
-def test_admin_manages_its_own_tenant_and_the_operator_all() -> None:
-    assert managed_tenant("acme", None) == "acme"
-    assert managed_tenant("acme", "acme") == "acme"
-    assert managed_tenant("default", "acme") == "acme"
-    with pytest.raises(NotFound):
-        managed_tenant("acme", "other")
-    with pytest.raises(NotFound):
-        managed_tenant("acme", "default")
+HELD = KeyRecord(
+    id="1" * 16, prefix="lp_abcdefgh", tenant="acme", name="ci", scopes=frozenset({Scope.READ}), created_at=NOW
+)
 
 
-def test_key_may_not_be_born_dead_or_share_a_name() -> None:
-    held = KeyRecord(id="1", prefix="lp_", tenant="acme", name="ci", scopes=frozenset({Scope.READ}), created_at=NOW)
-    check_new_key("laptop", NOW + timedelta(seconds=1), [held], NOW)
-    with pytest.raises(Invalid, match="expires_at"):
-        check_new_key("laptop", NOW, [held], NOW)
+def test_key_may_not_be_born_dead_or_share_a_name_or_open_more_than_it_says() -> None:
+    laptop = HELD.model_copy(update={"name": "laptop"})
+    wanted = laptop.model_copy(update={"expires_at": NOW + timedelta(seconds=1), "models": ("fraud-*",)})
+    check_new_key(wanted, [HELD])
+    for change, message in (
+        ({"expires_at": NOW}, "expires_at"),
+        ({"scopes": frozenset({Scope.ADMIN})}, "models"),
+        ({"limits": KeyLimits(burst=3)}, "limits.burst"),
+    ):
+        with pytest.raises(Invalid, match=message):
+            check_new_key(wanted.model_copy(update=change), [HELD])
     with pytest.raises(Conflict, match="'ci' exists"):
-        check_new_key("ci", None, [held], NOW)
+        check_new_key(HELD, [HELD])
+
+
+def test_successor_has_the_same_rights_and_as_long_to_live() -> None:
+    old = HELD.model_copy(update={"models": ("fraud-*",), "limits": KeyLimits(per_day=9)})
+    assert successor(old, "2" * 16, "lp_b", NOW).expires_at is None
+    mortal = old.model_copy(update={"expires_at": NOW + timedelta(days=30)})
+    later = NOW + timedelta(days=29)
+    new = successor(mortal, "2" * 16, "lp_b", later)
+    assert new.expires_at == later + timedelta(days=30)
+    same = {"name", "tenant", "scopes", "models", "limits"}
+    assert new.model_dump(include=same) == mortal.model_dump(include=same)
+
+
+def test_replaced_key_ends_after_the_overlap_and_never_later_than_it_would_have() -> None:
+    soon, late = NOW + timedelta(hours=1), NOW + timedelta(days=3)
+    assert replaced(HELD, "2" * 16, soon).expires_at == soon
+    mortal = HELD.model_copy(update={"expires_at": soon})
+    assert replaced(mortal, "2" * 16, late).expires_at == soon
+    with pytest.raises(Conflict, match="was rotated before: 2222222222222222 has its place"):
+        successor(replaced(HELD, "2" * 16, soon), "3" * 16, "lp_c", NOW)
+    with pytest.raises(Conflict, match="expired"):
+        successor(mortal, "3" * 16, "lp_c", soon)
+    with pytest.raises(Conflict, match="LEPTON_BOOTSTRAP_KEY_SHA256"):
+        successor(HELD.model_copy(update={"prefix": "lp_"}), "3" * 16, "lp_c", NOW)
 
 
 def test_state_says_how_the_last_rollout_ended() -> None:
@@ -91,7 +118,7 @@ def test_states_are_those_that_the_api_tells() -> None:
 
 
 def test_story_is_of_what_was_decided_and_not_of_every_second() -> None:
-    untold = {kind.__name__ for kind in types() if not is_told(kind)}
+    untold = {kind.__name__ for kind in types() if not is_told(kind) and not issubclass(kind, AccessEvent)}
     assert untold == {"InferenceWindow", "WindowClosed"}
 
 

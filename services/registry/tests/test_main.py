@@ -1,6 +1,7 @@
 """The whole registry on real parts: a push is told, heard and found on the timeline, also when a part was away."""
 
 import hashlib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -73,7 +74,7 @@ async def test_commands_say_try_again_while_a_part_is_away_and_work_when_it_is_b
 ) -> None:
     postgres, etcd = Postgres(tmp_path / "postgres"), Etcd(tmp_path / "etcd")
     headers = {"authorization": f"Bearer {OPERATOR}"}
-    with running(postgres) as database, running(etcd) as table:
+    with running(postgres) as database, running(etcd) as table, ExitStack() as again:
         own = settings.model_copy(update={"postgres_dsn": postgres.dsn, "etcd": etcd.address})
         async with (
             serving(own, RecordingBus()),
@@ -86,9 +87,9 @@ async def test_commands_say_try_again_while_a_part_is_away_and_work_when_it_is_b
                 assert away.status_code == 503
                 assert int(away.headers["retry-after"]) >= 1
                 assert "is not available" in away.json()["detail"]
-                with running(part.recipe):
+                again.enter_context(running(part.recipe))
 
-                    async def is_back(path: str = path) -> bool:
-                        return (await client.get(path)).status_code == 200
+                async def is_back(path: str = path) -> bool:
+                    return (await client.get(path)).status_code == 200
 
-                    await until(is_back, within_s=30)
+                await until(is_back, within_s=30)

@@ -22,7 +22,7 @@ MEBIBYTE = 1 << 20
 @contextmanager
 def process(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
     """The registry, ready, and gone at the end."""
-    values = settings.model_dump() | {"kafka": "127.0.0.1:1", "max_artifact_bytes": 1 << 30}
+    values = settings.model_dump(exclude_none=True) | {"kafka": "127.0.0.1:1", "max_artifact_bytes": 1 << 30}
     variables = {f"LEPTON_{name.upper()}": str(value) for name, value in values.items()}
     command = [sys.executable, "-m", "lepton_registry.main"]
     with subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.DEVNULL) as running:

@@ -43,27 +43,27 @@ def _add_serving_routes(routes: APIRouter, table: ServingTable, workers: Workers
     @routes.get("/serving")
     async def list_served(by: Reader) -> list[ServingView]:
         """What is served, by model."""
-        return [view(serving) for serving in await table.list(by.tenant)]
+        return [view(serving) for serving in await table.list(by.tenant) if by.sees(serving.model)]
 
     @routes.get("/serving/{model}")
     async def get_served(model: ModelName, by: Reader) -> ServingView:
         """What is served of one model."""
-        return view(await _served(table, ModelRef(by.tenant, model)))
+        return view(await _served(table, by.ref(model)))
 
     @routes.post("/serving/{model}/rollback", status_code=202)
     async def roll_back(model: ModelName, by: Deployer) -> Rollout:
         """Bring all traffic back to the previous version, which is warm. Rollouts under way give way."""
-        return rollout_view(await commands.roll_back(ModelRef(by.tenant, model), by.name))
+        return rollout_view(await commands.roll_back(by.ref(model), by.name))
 
     @routes.post("/serving/{model}/load")
     async def load(model: ModelName, by: Deployer, choice: VersionChoice = MODEL_ITSELF) -> ServingView:
         """Warm a version, or without one serve the model. Answers when workers have it."""
-        return view(await commands.load(ModelRef(by.tenant, model), choice.version, by.name))
+        return view(await commands.load(by.ref(model), choice.version, by.name))
 
     @routes.post("/serving/{model}/unload")
     async def unload(model: ModelName, by: Deployer, choice: VersionChoice = MODEL_ITSELF) -> ServingView:
         """Let a warm version go, or without one the whole model."""
-        return view(await commands.unload(ModelRef(by.tenant, model), choice.version))
+        return view(await commands.unload(by.ref(model), choice.version))
 
 
 def _add_policy_routes(routes: APIRouter, db: Database) -> None:
@@ -76,7 +76,7 @@ def _add_policy_routes(routes: APIRouter, db: Database) -> None:
     async def get_policy(model: ModelName, by: Reader) -> StoredPolicy:
         """By which policy the model's versions come to live traffic unless a rollout says otherwise."""
         async with db.transaction() as tx:
-            found = await store_facts.find_policy(tx, ModelRef(by.tenant, model))
+            found = await store_facts.find_policy(tx, by.ref(model))
         if found is None:
             return StoredPolicy(model=model, policy=Policy(), source="default")
         policy, actor, at = found
@@ -85,18 +85,20 @@ def _add_policy_routes(routes: APIRouter, db: Database) -> None:
     @routes.put("/policies/{model}")
     async def set_policy(model: ModelName, policy: Policy, by: Deployer) -> StoredPolicy:
         """From now on the model has this policy; rollouts under way keep theirs."""
-        said = PolicySet(tenant=by.tenant, model=model, policy=policy.model_dump(mode="json"), actor=by.name)
+        ref = by.ref(model)
+        said = PolicySet(tenant=ref.tenant, model=model, policy=policy.model_dump(mode="json"), actor=by.name)
         async with db.transaction() as tx:
-            await store_facts.save_policy(tx, said.ref, policy, by.name, said.at)
+            await store_facts.save_policy(tx, ref, policy, by.name, said.at)
             await tx.emit(said)
         return StoredPolicy(model=model, policy=policy, source=by.name, at=said.at)
 
     @routes.delete("/policies/{model}", status_code=204)
     async def unset_policy(model: ModelName, by: Deployer) -> None:
         """The model has the default policy again."""
-        said = PolicySet(tenant=by.tenant, model=model, policy={}, actor=by.name)
+        ref = by.ref(model)
+        said = PolicySet(tenant=ref.tenant, model=model, policy={}, actor=by.name)
         async with db.transaction() as tx:
-            if not await store_facts.remove_policy(tx, said.ref):
+            if not await store_facts.remove_policy(tx, ref):
                 raise NotFound(f"model {model!r} has no policy of its own")
             await tx.emit(said)
 
@@ -109,7 +111,7 @@ def _add_mesh_routes(routes: APIRouter, table: ServingTable, steering: Steering)
     @routes.get("/mesh/{model}")
     async def get_mesh(model: ModelName, by: Reader) -> MeshView:
         """The model's VirtualService and DestinationRule."""
-        return await view(ModelRef(by.tenant, model))
+        return await view(by.ref(model))
 
     @routes.put("/mesh/{model}")
     async def take_mesh(model: ModelName, new: NewMesh, by: Deployer) -> MeshView:
@@ -117,14 +119,14 @@ def _add_mesh_routes(routes: APIRouter, table: ServingTable, steering: Steering)
 
         An open rollout goes on watching, and gives advice.
         """
-        ref = ModelRef(by.tenant, model)
+        ref = by.ref(model)
         await steering.take(ref, by.name, dict(new.virtual_service), new.reason or "")
         return await view(ref)
 
     @routes.delete("/mesh/{model}")
     async def release_mesh(model: ModelName, by: Deployer) -> MeshView:
         """Give the wheel back: to the open rollout's stage, else to the stable version."""
-        ref = ModelRef(by.tenant, model)
+        ref = by.ref(model)
         await steering.release(ref, by.name)
         return await view(ref)
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import partial
 from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
 
-from lepton_common.auth import Keys
+from lepton_common.access import guard
 from lepton_common.bus import Bus
 from lepton_common.db import Database, migrate
 from lepton_common.etcd import EtcdClient
@@ -59,7 +59,7 @@ def build(
     now: Callable[[], datetime],
 ) -> Service:
     """The whole service. Its replicas share the work; `mesh` is this replica's way to the mesh, `now` its clock."""
-    keys, workers, table = Keys(etcd), Workers(etcd), ServingTable(etcd, mesh)
+    workers, table = Workers(etcd), ServingTable(etcd, mesh)
     load_timeout_s = settings.load_timeout_s + _WORD_OF_WORKERS_S
     starter = Starter(db, table, workers, load_timeout_s, now)
     steering = Steering(db, table, workers, starter, now)
@@ -70,9 +70,9 @@ def build(
     service = Service("rollout", settings, telemetry, db=db, bus=bus)
     service.on_close(etcd.close)
     service.background(etcd.check_version)
+    keys = guard(service, etcd, db.emit)
     service.on_close(mesh.close)
     service.on_close(runner.close)
-    service.background(keys.mirror.run)
     service.background(workers.mirror.run)
     service.prepare(partial(migrate, db, "lepton_rollout"))
     service.prepare(keys.mirror.synced)

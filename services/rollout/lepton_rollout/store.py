@@ -4,14 +4,14 @@ One rollout of a model is under way at most; any number may be queued behind it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 from lepton.policies import Policy
 from lepton.rollouts import Decision, Verdict
-from lepton_common.db import Tx
+from lepton_common.db import Tx, like
 from lepton_common.errors import Conflict, NotFound
 from lepton_common.records import Assigned
 from lepton_common.types import ModelRef
@@ -81,14 +81,17 @@ async def lock_rollout(tx: Tx, tenant: str, rollout: UUID) -> Rollout:
     return await _get(tx, "SELECT * FROM rollouts WHERE tenant = :tenant AND id = :id FOR UPDATE", tenant, rollout)
 
 
-async def list_rollouts(tx: Tx, tenant: str, model: str | None, limit: int) -> list[Rollout]:
-    """The tenant's rollouts, of one model or of all, the newest first."""
+async def list_rollouts(
+    tx: Tx, tenant: str, model: str | None, limit: int, patterns: Sequence[str] = ()
+) -> list[Rollout]:
+    """The tenant's rollouts, of one model or of all that a pattern matches, the newest first."""
     result = await tx.execute(
         """
         SELECT * FROM rollouts WHERE tenant = :tenant AND (CAST(:model AS text) IS NULL OR model = :model)
+        AND model LIKE ANY (CAST(:patterns AS text[]))
         ORDER BY started_at DESC, id LIMIT :limit
         """,
-        {"tenant": tenant, "model": model, "limit": limit},
+        {"tenant": tenant, "model": model, "limit": limit, "patterns": like(patterns)},
     )
     return [_rollout(row) for row in result.mappings()]
 
