@@ -20,6 +20,7 @@ from lepton_common.records import (
     KEYS,
     WORKERS,
     Assigned,
+    KeyLimits,
     KeyRecord,
     Limits,
     Loaded,
@@ -111,7 +112,13 @@ class Lab:
         state = WorkerState(id=worker, pool="cpu", address=address, device="cpu", versions=versions)
         await self.etcd.put(WORKERS + worker, state.model_dump_json().encode())
 
-    async def new_key(self, *scopes: Scope, tenant: str = "acme", expires_at: datetime | None = None) -> str:
+    async def new_key(
+        self,
+        *scopes: Scope,
+        tenant: str = "acme",
+        expires_at: datetime | None = None,
+        limits: KeyLimits | None = None,
+    ) -> str:
         secret, digest, prefix = new_secret()
         record = KeyRecord(
             id=prefix,
@@ -121,6 +128,7 @@ class Lab:
             scopes=frozenset(scopes),
             created_at=datetime.now(UTC),
             expires_at=expires_at,
+            limits=limits or KeyLimits(),
         )
         await self.etcd.put(KEYS + digest, record.model_dump_json().encode())
         return secret
