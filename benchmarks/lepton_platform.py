@@ -41,7 +41,8 @@ class Platform:
         assert layout is not None, "the platform is up and has no layout"
         self.url = layout.url
         self.ports = layout.ports
-        with lepton.Client(url=self.url, key=self._home.key()) as client:
+        self.key = self._home.key()
+        with lepton.Client(url=self.url, key=self.key) as client:
             client.push(model, name=MODEL)
         self._direct, self._direct_port = self._gateway_to_worker(layout.kafka)
 

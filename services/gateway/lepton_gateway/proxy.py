@@ -130,7 +130,8 @@ class Proxy:
             # The mesh knows which version let the caller wait, and says so in its 504; we would not.
             left_ms = max(1, round((timeout_s - waited_s) * 1e3))
             asked = b"x-envoy-upstream-rq-timeout-ms: %d\r\n" % left_ms
-            headers = {**headers, _TIMEOUT: b"%d" % left_ms}
+            if waited_s > _NOTABLE_WAIT_S:
+                headers = {**headers, _TIMEOUT: b"%d" % left_ms}
         started = self.tracing.start(request, route.serving.ref) if self.tracing.active else None
         forwarded = [
             b"%b: %b\r\n" % (name, headers[name])
