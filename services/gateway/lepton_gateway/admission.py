@@ -92,7 +92,7 @@ class Admission:
             self._check_queue(ticket)
             wait_s = lane.wait_s(ticket) * _CAUTION
         if (late_s := wait_s + lane.expected_s - (ticket.deadline - now)) > 0:
-            lane.listens = True  # It may be over sooner than one answer in eight would tell.
+            lane.listens = True  # It may be over sooner than a few answers would tell.
             rest = f"{_ms(wait_s)} ms of work are ahead of it"
             text = f"{lane.model.name} would answer {_ms(late_s)} ms after the deadline: {rest}"
             raise self._refused(ticket, Reason.DEADLINE, Overloaded(text, retry_after_s=max(wait_s, late_s)))
@@ -108,11 +108,21 @@ class Admission:
 
         `answer` is how it went. None when nobody knows, or its lane does not listen.
         """
-        lane.release(ticket)
+        pool = lane.pool
+        lane.places.free += 1
+        pool.places.free += 1
+        lane.model.in_flight -= 1
+        if ticket is not None:
+            pool.background.free += ticket.background
+            if ticket.key is not None:
+                ticket.key.in_flight -= 1
         if answer is not None:
             lane.hear(now, answer)
-        if lane.pool.queue.size:
-            self._pump(lane.pool, now)
+        elif not lane.listens:
+            lane.unheard -= 1
+            lane.listens = lane.unheard <= 0
+        if pool.waiting:
+            self._pump(pool, now)
 
     def withdraw(self, ticket: Ticket) -> None:
         """A caller that waited has left."""
@@ -171,7 +181,7 @@ class Admission:
 
     def _pump(self, pool: Pool, now: float) -> None:
         """Whoever waits and has room starts. Where a start is over at once, the outermost call goes on with it."""
-        if pool.is_pumping or not pool.queue.size:
+        if pool.is_pumping or not pool.waiting:
             return
         pool.is_pumping = True
         try:

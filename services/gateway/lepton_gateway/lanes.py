@@ -21,7 +21,7 @@ _SHARE_OF_TIMEOUT = 0.125
 _YIELDING = 0.25
 _LEAST_COST_S = 0.0001
 _SMOOTHING = 0.1
-_HEARD_ONE_IN = 8
+_HEARD_ONE_IN = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +60,26 @@ class Ticket(Entry):
 
 
 class Pool:
-    """One pool of workers, as this gateway sees it."""
+    """One pool of workers, as this gateway sees it. `waiting` is how many its queue has."""
 
-    __slots__ = ("background", "is_pumping", "places", "queue")
+    __slots__ = ("background", "is_pumping", "places", "queue", "waiting")
 
     def __init__(self) -> None:
         self.places = Concurrency(_POOL_PLACES, _LEAST_PLACES, _POOL_PLACES)
         self.background = Concurrency(_BACKGROUND_PLACES, 1, _POOL_PLACES)
         self.queue = Queue[Ticket]()
+        self.waiting = 0
         self.is_pumping = False
 
 
 class Lane:
     """One model in one pool. `waiting` are its requests in the pool's queue: interactive, background.
 
-    `listens`: how the next answer went is wanted. While all is calm that is one in eight, and costs the others nothing.
+    `listens`: how the next answer went is wanted. While all is calm that is one in 32, and costs the others nothing;
+    while requests wait, here or at the worker, it is every one.
     """
 
-    __slots__ = ("_intervals_s", "_starts", "_unheard", "listens", "model", "places", "pool", "service", "waiting")
+    __slots__ = ("_intervals_s", "_starts", "listens", "model", "places", "pool", "service", "unheard", "waiting")
 
     def __init__(self, pool: Pool, model: Use) -> None:
         self.pool = pool
@@ -89,7 +91,7 @@ class Lane:
         # Between two starts while somebody waits, measured: whatever it is that lets them wait.
         self._intervals_s = [0.0, 0.0]
         self.listens = True
-        self._unheard = 0
+        self.unheard = 0
 
     @property
     def expected_s(self) -> float:
@@ -124,19 +126,6 @@ class Lane:
         self.pool.background.free -= ticket.background
         self._starts[ticket.background] += 1
 
-    def release(self, ticket: Ticket | None) -> None:
-        """Its place is free again."""
-        self.places.free += 1
-        self.pool.places.free += 1
-        self.model.in_flight -= 1
-        if ticket is not None:
-            self.pool.background.free += ticket.background
-            if ticket.key is not None:
-                ticket.key.in_flight -= 1
-        if not self.listens:
-            self._unheard -= 1
-            self.listens = self._unheard <= 0
-
     def hear(self, now: float, answer: Answer) -> None:
         """How a request went."""
         pool, service = self.pool, self.service
@@ -148,19 +137,22 @@ class Lane:
         pool.places.observe(now, answer.queued_s, target_s, run_s)
         if pool.background.in_flight:
             pool.background.observe(now, answer.queued_s, target_s * _YIELDING, run_s)
-        self.listens = pool.queue.size > 0 or pool.background.in_flight > 0 or not service.is_known
-        self._unheard = _HEARD_ONE_IN - 1
+        calm = answer.queued_s == 0 and pool.waiting == 0 and pool.background.in_flight == 0
+        self.listens = not (calm and service.is_known)
+        self.unheard = _HEARD_ONE_IN - 1
 
     def enqueue(self, ticket: Ticket) -> None:
         """The request waits for its turn."""
         self.listens = True
         ticket.cost_s = max(self.service.mean_s, _LEAST_COST_S)
         self.pool.queue.add(ticket)
+        self.pool.waiting += 1
         self.waiting[ticket.background] += 1
         ticket.before = self._starts[ticket.background]
 
     def left(self, ticket: Ticket) -> None:
         """The request does not wait any more: the queue has let it go."""
+        self.pool.waiting -= 1
         self.waiting[ticket.background] -= 1
 
     def waited(self, ticket: Ticket, now: float) -> None:

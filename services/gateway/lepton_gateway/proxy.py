@@ -184,8 +184,8 @@ class Exchange(Call):
         self._kind = kind
         self._user = user
         self._queued_s = 0.0  # at the worker
-        self.lane: Lane | None = None
-        self.ticket: Inference | None = None
+        self.lane: Lane | None
+        self.ticket: Inference | None
         self._tries = 0
         self._lost = 0
         self._over = False
