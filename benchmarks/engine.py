@@ -50,7 +50,7 @@ async def _batcher_rows_per_s(model: Path, columns: int, seconds: float) -> floa
     finished, end = 0, time.monotonic() + seconds
     over = asyncio.Event()
 
-    def done(outcome: dict[str, Array] | LeptonError) -> None:
+    def done(outcome: dict[str, Array] | LeptonError, waited_s: float) -> None:
         nonlocal finished
         if isinstance(outcome, LeptonError):
             raise outcome

@@ -5,6 +5,7 @@
 | `/lepton/serving/{tenant}/{model}` | Serving | rollout, compare-and-swap | gateway, worker |
 | `/lepton/workers/{id}` | WorkerState, under a lease | worker | gateway, rollout |
 | `/lepton/keys/{sha256}` | KeyRecord | registry | every service |
+| `/lepton/quotas/{key id}` | QuotaUse | gateway, compare-and-swap | nobody: read when written |
 """
 
 from enum import StrEnum
@@ -18,6 +19,7 @@ from lepton_common.types import ModelRef
 SERVING = "/lepton/serving/"
 WORKERS = "/lepton/workers/"
 KEYS = "/lepton/keys/"
+QUOTAS = "/lepton/quotas/"
 
 
 class Record(BaseModel):
@@ -45,10 +47,12 @@ class Assigned(Record):
 
 
 class Limits(Record):
-    """What the gateway lets through to one model."""
+    """What each gateway lets through to one model. `rate_per_s` and `burst` are as in `KeyLimits`."""
 
     max_concurrency: Annotated[int, Field(ge=1)] = 1024
     timeout_ms: Annotated[int, Field(ge=1)] = 30_000
+    rate_per_s: Annotated[float, Field(gt=0)] | None = None
+    burst: Annotated[int, Field(ge=1)] | None = None
 
 
 class Shadow(Record):
@@ -186,3 +190,10 @@ class KeyRecord(Record):
     models: tuple[str, ...] = ()
     limits: KeyLimits = KeyLimits()
     replaced_by: str | None = None
+
+
+class QuotaUse(Record):
+    """How many requests of a key all gateways have counted on its latest day, in days since 1970, UTC."""
+
+    day: int
+    used: int

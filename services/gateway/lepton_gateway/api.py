@@ -11,7 +11,7 @@ import orjson
 import structlog
 from lepton_common import oip
 from lepton_common.auth import Caller, forbidden
-from lepton_common.errors import Denied, Invalid, LeptonError, Limited, NotFound, Unavailable, Unsupported, status_of
+from lepton_common.errors import Denied, Invalid, LeptonError, NotFound, Unavailable, Unsupported, status_of
 from lepton_common.health import Readiness
 from lepton_common.http11 import JSON, Request, error_body
 from lepton_common.records import Scope
@@ -30,7 +30,7 @@ from lepton_gateway.domain import (
     user_of,
     version_of,
 )
-from lepton_gateway.proxy import INFER, Proxy
+from lepton_gateway.proxy import Proxy
 from lepton_gateway.repository import Repository, ready_only
 from lepton_gateway.routes import Route, Routes
 
@@ -61,6 +61,7 @@ class Api:
         self._proxy = proxy
         self._repository = repository
         self._readiness = readiness
+        self._ways = proxy.ways(self._refuse)
         self.refused: dict[int, int] = {}  # answers that the gateway gave instead of the mesh, by status
         self._targets: dict[bytes, Target] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -119,14 +120,8 @@ class Api:
         caller = self._callers.check(request, Scope.INFER, target.model)
         version = _wanted_version(request, caller, target)
         route = self._route(caller, target, version)
-        counts = route.counts
-        if counts.in_flight >= route.max_concurrency:
-            counts.refused()
-            raise Limited(
-                f"model {target.model!r} has {route.max_concurrency} requests under way, its limit", retry_after_s=1
-            )
         user = None if route.sticky is None or version is not None else user_of(route.sticky, request.headers, caller)
-        self._proxy.send(request, route, INFER, version, request.body, user)
+        self._proxy.infer(self._ways, request, route, caller, version, user)
 
     def _ask(self, request: Request, target: Target, line: str) -> None:
         """Something that a worker knows of the model."""

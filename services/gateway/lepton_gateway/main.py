@@ -4,7 +4,7 @@ hears: etcd /lepton/keys (registry), /lepton/serving (rollout), /lepton/workers 
        lepton.inference.requests, of anyone
 says:  lepton.inference.results; past the outbox, where what Kafka cannot take is dropped: InferenceWindow, every second
        and model, KeysUsed, AccessRefused
-owns:  nothing: a restart loses the last second's window at most
+owns:  etcd /lepton/quotas, with the other gateways: a restart loses the last second's window and count at most
 """
 
 import random
@@ -25,12 +25,14 @@ from lepton_common.service import Service, run
 from lepton_common.telemetry import Telemetry, configure
 from lepton_common.topics import REQUESTS
 
+from lepton_gateway.admission import Admission
 from lepton_gateway.api import Api
 from lepton_gateway.async_inference import GROUP, AsyncInference, Room
 from lepton_gateway.callers import Callers
 from lepton_gateway.logs import LogSettings
 from lepton_gateway.metrics import Metrics, metrics_page
 from lepton_gateway.proxy import Proxy
+from lepton_gateway.quotas import SHARE_EVERY_S, Quotas, watch_over
 from lepton_gateway.reporter import Reporter
 from lepton_gateway.repository import Repository
 from lepton_gateway.routes import Routes
@@ -58,7 +60,9 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
     http = httpx.AsyncClient(trust_env=False)
     logs = LogSettings(settings.log_level)
     logs.install()
-    proxy = Proxy(upstream, Tracing(telemetry.tracer, on=bool(settings.otlp)), logs, shadows)
+    admission = Admission(windows.clock)
+    quotas = Quotas(etcd, admission)
+    proxy = Proxy(upstream, Tracing(telemetry.tracer, on=bool(settings.otlp)), logs, shadows, admission)
     repository = Repository(http, settings.rollout_url, routes)
     api = Api(routes, callers, proxy, repository, service.readiness)
     server = Server(api.handle, ServerLimits(max_body_bytes=settings.max_body_bytes))
@@ -67,9 +71,10 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
     def etcd_stale_s() -> float:
         return max(mirror.stale_s(time.monotonic()) for mirror in mirrors)
 
-    telemetry.registry.register(Metrics(routes, api.refused, server, reporter, etcd_stale_s))
+    telemetry.registry.register(Metrics(routes, api.refused, server, reporter, etcd_stale_s, admission))
     service.on_close(etcd.close)
     service.background(etcd.check_version)
+    service.on_close(quotas.share)
     service.on_close(reporter.close)
     service.on_close(shadow_upstream.close)
     service.on_close(upstream.close)
@@ -99,6 +104,8 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
     )
     service.on_close(sender.close)
     service.background(intake.run)
+    service.background(partial(watch_over, admission))
+    service.every(SHARE_EVERY_S, quotas.share)
     service.serve(server)
     rpc_api = RpcApi(api.handle, service.readiness, settings.max_body_bytes)
     service.serve(http2.Server(rpc_api.handle), port=settings.grpc_port)

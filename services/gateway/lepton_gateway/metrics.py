@@ -10,6 +10,7 @@ from lepton_common.telemetry import METRICS_CONTENT_TYPE
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from lepton_gateway.admission import Admission
 from lepton_gateway.reporter import Reporter
 from lepton_gateway.routes import Routes
 
@@ -47,6 +48,7 @@ class Metrics(Collector):
         server: Server,
         reporter: Reporter,
         etcd_stale_s: Callable[[], float],
+        admission: Admission,
     ) -> None:
         """`refused` counts by status what the gateway answered itself."""
         self._routes = routes
@@ -54,9 +56,11 @@ class Metrics(Collector):
         self._server = server
         self._reporter = reporter
         self._etcd_stale_s = etcd_stale_s
+        self._admission = admission
 
     def collect(self) -> Iterable[Metric]:
         yield from self._of_models()
+        yield from self._of_pools()
         refused = CounterMetricFamily(
             "lepton_gateway_refused_requests", "Requests that never went to the mesh, by status.", labels=("code",)
         )
@@ -89,15 +93,43 @@ class Metrics(Collector):
             "lepton_gateway_request_seconds", "Time from a request to its answer, within 1 %.", labels=_LABELS
         )
         in_flight = GaugeMetricFamily("lepton_gateway_in_flight", "Requests under way.", labels=("tenant", "model"))
+        places = GaugeMetricFamily(
+            "lepton_gateway_model_in_flight_limit",
+            "Requests that may be under way.",
+            labels=("tenant", "model", "pool"),
+        )
         for (tenant, model), route in self._routes.all.items():
             in_flight.add_metric((tenant, model), route.counts.in_flight)
+            for pool, lane in route.lanes.items():
+                places.add_metric((tenant, model, pool), lane.places.value)
             for version, cell in route.counts.totals().items():
                 labels = (tenant, model, version.decode("latin-1"))
                 for status, count in cell.by_status().items():
                     requests.add_metric((*labels, str(status)), count)
                 buckets = list(zip(_BOUNDS, accumulate(histogram(cell.latency())), strict=True))
                 seconds.add_metric(labels, buckets, cell.seconds)
-        yield from (requests, seconds, in_flight)
+        yield from (requests, seconds, in_flight, places)
+
+    def _of_pools(self) -> Iterable[Metric]:
+        waiting = GaugeMetricFamily(
+            "lepton_gateway_queue_length", "Requests that wait for their turn.", labels=("pool", "class")
+        )
+        size = GaugeMetricFamily("lepton_gateway_queue_bytes", "Bodies of requests that wait.", labels=("pool",))
+        limit = GaugeMetricFamily(
+            "lepton_gateway_in_flight_limit", "Requests that may be under way at once.", labels=("pool", "class")
+        )
+        for name, pool in self._admission.pools.items():
+            waiting.add_metric((name, "interactive"), pool.queue.interactive.size)
+            waiting.add_metric((name, "background"), pool.queue.background.size)
+            size.add_metric((name,), pool.queue.size_bytes)
+            limit.add_metric((name, "all"), pool.places.value)
+            limit.add_metric((name, "background"), pool.background.value)
+        shed = CounterMetricFamily(
+            "lepton_gateway_shed_requests", "Requests refused by limits and admission.", labels=("reason", "class")
+        )
+        for (reason, background), count in self._admission.refused.items():
+            shed.add_metric((reason.value, "background" if background else "interactive"), count)
+        yield from (waiting, size, limit, shed)
 
 
 def histogram(sketch: Sketch) -> list[int]:

@@ -1,17 +1,23 @@
 """A model's requests through the mesh: one call each, repeated while the mesh restarts, its answer passed back."""
 
 import asyncio
+import math
 import time
+from collections.abc import Callable
 from http import HTTPStatus
 
 import orjson
 import structlog
-from lepton_common.errors import Invalid
+from lepton_common.auth import Caller
+from lepton_common.errors import Invalid, LeptonError
 from lepton_common.http11 import JSON, Request, error_body
 from lepton_common.http11_client import Call, Failure, Upstream, UpstreamError
 from opentelemetry.trace import Span
 
-from lepton_gateway import tracing
+from lepton_gateway import tracing, windows
+from lepton_gateway.admission import Admission
+from lepton_gateway.inference import Inference, Ways
+from lepton_gateway.lanes import Answer, Lane
 from lepton_gateway.logs import LogSettings
 from lepton_gateway.routes import Route
 from lepton_gateway.shadows import Shadows
@@ -39,6 +45,10 @@ _PASSED_BACK = (
     b"retry-after",
     b"x-lepton-reason",
 )
+_TIMEOUT = b"x-request-timeout-ms"
+_NOTABLE_WAIT_S = 0.001
+# The worker's word for how long the request waited for a slot; none where that was less than a millisecond.
+_QUEUED = b"x-lepton-queue-ms"
 # Envoy's own words: the worker had not answered in time.
 _MESH_GAVE_UP = b"upstream request timeout"
 _RETRY_AFTER = b"retry-after: 1\r\n"
@@ -50,27 +60,78 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger()
 class Proxy:
     """Sends requests to the mesh."""
 
-    def __init__(self, upstream: Upstream, tracing: Tracing, logs: LogSettings, shadows: Shadows) -> None:
+    def __init__(
+        self, upstream: Upstream, tracing: Tracing, logs: LogSettings, shadows: Shadows, admission: Admission
+    ) -> None:
         self.upstream = upstream
         self.tracing = tracing
         self.logs = logs
         self.shadows = shadows
+        self.admission = admission
+
+    def ways(self, refuse: Callable[[Request, LeptonError], None]) -> Ways:
+        """Where `infer` leads. `refuse` answers a request that has waited in vain."""
+        return Ways(self.admission, self._send_admitted, refuse)
+
+    def infer(
+        self, ways: Ways, request: Request, route: Route, caller: Caller, version: int | None, user: int | None
+    ) -> None:
+        """The request is sent, now or at its turn. Raises Limited or Overloaded when it is refused.
+
+        Without a version the mesh chooses one by the split, and for one `user`, a hash, the same until the split grows.
+        """
+        pool = route.pool if version is None else route.pool_of(version)
+        lane = route.lanes.get(pool)
+        if lane is None:
+            lane = route.lanes[pool] = Lane(self.admission.pool(pool), route.use)
+        timeout_s = route.timeout_s if _TIMEOUT not in request.headers else _timeout_s(request, route)
+        if not request.background and self.admission.passes(lane, caller, timeout_s):
+            self.send(request, route, INFER, version, request.body, user, lane)
+            return
+        ticket = Inference(ways, request, route, lane, version, user)
+        ticket.arrived = time.monotonic()
+        ticket.deadline = ticket.arrived + timeout_s
+        try:
+            self.admission.enter(ticket, caller)
+        except LeptonError:
+            route.counts.refused()
+            raise
+        if ticket.sent is None:
+            request.on_disconnect = ticket.cancel
+
+    def _send_admitted(self, ticket: Inference) -> None:
+        request = ticket.request
+        self.send(request, ticket.route, INFER, ticket.version, request.body, ticket.user, ticket.lane, ticket)
 
     def send(
-        self, request: Request, route: Route, line: str, version: int | None, body: bytes, user: int | None = None
+        self,
+        request: Request,
+        route: Route,
+        line: str,
+        version: int | None,
+        body: bytes,
+        user: int | None = None,
+        lane: Lane | None = None,
+        ticket: Inference | None = None,
     ) -> None:
         """The request is answered when the mesh has, or within its deadline. `line` is as `Route.head` wants it.
 
-        Without a version the mesh chooses one by the split, and for one `user`, a hash, the same until the split grows.
+        Its place in the `lane` is given back when it is over. A `ticket` may have waited for it.
         """
         began = time.monotonic()
         headers = request.headers
         timeout_s = route.timeout_s
+        waited_s = 0.0
         asked = b""
-        if b"x-request-timeout-ms" in headers:
-            timeout_s = min(timeout_s, _asked_timeout_s(headers[b"x-request-timeout-ms"]))
+        if ticket is not None:
+            waited_s, began = began - ticket.arrived, ticket.arrived
+        if _TIMEOUT in headers or waited_s > _NOTABLE_WAIT_S:
+            timeout_s = _timeout_s(request, route)
             # The mesh knows which version let the caller wait, and says so in its 504; we would not.
-            asked = b"x-envoy-upstream-rq-timeout-ms: %d\r\n" % max(1, round(timeout_s * 1e3))
+            left_ms = max(1, round((timeout_s - waited_s) * 1e3))
+            asked = b"x-envoy-upstream-rq-timeout-ms: %d\r\n" % left_ms
+            if waited_s > _NOTABLE_WAIT_S:
+                headers = {**headers, _TIMEOUT: b"%d" % left_ms}
         started = self.tracing.start(request, route.serving.ref) if self.tracing.active else None
         forwarded = [
             b"%b: %b\r\n" % (name, headers[name])
@@ -86,6 +147,7 @@ class Proxy:
             head += carried
         kind = ASKED if line != INFER else SPLIT if version is None else FORCED
         exchange = Exchange(self, request, route, head, body, began, timeout_s, span, kind, user)
+        exchange.lane, exchange.ticket = lane, ticket
         counts = route.counts
         counts.in_flight += 1
         if not counts.is_awake:
@@ -98,8 +160,8 @@ class Exchange(Call):
     """A request, its way through the mesh, and its answer."""
 
     __slots__ = (
-        *("_kind", "_lost", "_over", "_proxy", "_timeout_s", "_tries", "_user"),
-        *("began", "request", "route", "span", "version"),
+        *("_kind", "_lost", "_over", "_proxy", "_queued_s", "_timeout_s", "_tries", "_user"),
+        *("began", "lane", "request", "route", "span", "ticket", "version"),
     )
 
     def __init__(
@@ -121,6 +183,9 @@ class Exchange(Call):
         self._timeout_s = timeout_s
         self._kind = kind
         self._user = user
+        self._queued_s = 0.0  # at the worker
+        self.lane: Lane | None
+        self.ticket: Inference | None
         self._tries = 0
         self._lost = 0
         self._over = False
@@ -132,6 +197,8 @@ class Exchange(Call):
 
     def answered(self, status: int, headers: dict[bytes, bytes], body: bytes) -> None:
         self.version = headers.get(b"x-lepton-version", b"")
+        if _QUEUED in headers:
+            self._queued_s = int(headers[_QUEUED]) / 1e3
         block = b"".join([b"%b: %b\r\n" % (name, headers[name]) for name in _PASSED_BACK if name in headers])
         counted = status
         if status != HTTPStatus.OK:
@@ -197,7 +264,8 @@ class Exchange(Call):
         self._over = True
         self.request.on_disconnect = None  # It leads back to here: the request would be garbage in a cycle.
         counts = self.route.counts
-        seconds = time.monotonic() - self.began
+        now = time.monotonic()
+        seconds = now - self.began
         if counted == LEFT:
             counts.left(self._kind, seconds)
         else:
@@ -209,6 +277,24 @@ class Exchange(Call):
             self._log(status)
         if counted != LEFT:
             self.request.respond(status, headers, body)
+        lane = self.lane
+        if lane is not None:
+            told = self._told(lane, now, counted) if lane.listens else None
+            self._proxy.admission.leave(lane, self.ticket, now, told)
+
+    def _told(self, lane: Lane, now: float, counted: int) -> Answer | None:
+        """How the request went, as far as that says something of the workers' load."""
+        sent = self.began if self.ticket is None or self.ticket.sent is None else self.ticket.sent
+        seconds = now - sent
+        match counted:
+            case HTTPStatus.OK:
+                return Answer(seconds, self._queued_s, self._timeout_s)
+            case HTTPStatus.GATEWAY_TIMEOUT:
+                queued_s = max(0.0, seconds - lane.service.run_s.value)
+                return Answer(seconds, queued_s, self._timeout_s, served=False)
+            case windows.QUEUE_FULL:
+                return Answer(seconds, math.inf, self._timeout_s, served=False)
+        return None
 
     def _log(self, status: int) -> None:
         _log.info(
@@ -241,7 +327,11 @@ def _text_of(status: int, body: bytes) -> str:
         return f"the model answered with status {status}"
 
 
-def _asked_timeout_s(value: bytes) -> float:
-    if not value.isdigit() or len(value) > 12:
+def _timeout_s(request: Request, route: Route) -> float:
+    """The shorter of the caller's and the model's. Raises Invalid."""
+    asked = request.headers.get(_TIMEOUT)
+    if asked is None:
+        return route.timeout_s
+    if not asked.isdigit() or len(asked) > 12:
         raise Invalid("header x-request-timeout-ms must be a non-negative integer")
-    return int(value) / 1e3
+    return min(route.timeout_s, int(asked) / 1e3)

@@ -8,6 +8,8 @@ from lepton_common.auth import Caller
 from lepton_common.errors import NotFound
 from lepton_common.records import Serving, WorkerState
 
+from lepton_gateway.lanes import Lane
+from lepton_gateway.limits import Use
 from lepton_gateway.windows import Counts, Windows
 
 # What a caller says that the worker needs to know. All else ends here, but for what a model's record names.
@@ -32,7 +34,7 @@ _KEPT_BACK_PREFIXES = ("x-lepton-", "x-envoy-", "proxy-")
 
 
 class Route:
-    """One model: its record, its way through the mesh, and its counts."""
+    """One model: its record, its way through the mesh, its counts, and what it uses of its limits."""
 
     __slots__ = (
         "_heads",
@@ -40,25 +42,32 @@ class Route:
         "counts",
         "forwarded",
         "forwarded_traced",
-        "max_concurrency",
+        "lanes",
+        "pool",
         "serving",
         "shadow",
         "stable",
         "sticky",
         "timeout_s",
+        "use",
     )
 
     def __init__(self, serving: Serving, counts: Counts) -> None:
         self._host = serving.ref.host
         self._heads: dict[tuple[str, int | None], bytes] = {}
         self.counts = counts
+        self.lanes: dict[str, Lane] = {}
+        self.use = Use(f"model {serving.model!r}", serving.limits)
         self.update(serving)
 
     def update(self, serving: Serving) -> None:
         self.serving = serving
-        self.max_concurrency = serving.limits.max_concurrency
+        self.use.change(serving.limits)
         self.timeout_s = serving.limits.timeout_ms / 1e3
         self.counts.pools = {each.version: each.pool for each in serving.versions}
+        # Where the mesh is to choose the version: the pool of the largest share.
+        largest = max(serving.split, key=lambda share: share.percent, default=None)
+        self.pool = "" if largest is None else self.pool_of(largest.version)
         own = tuple(name.encode() for name in serving.forwarded if _may_be_forwarded(name))
         # A traced request gets a trace header of our own.
         self.forwarded_traced = tuple(dict.fromkeys((*_FORWARDED_TRACED, *own)))
@@ -78,6 +87,10 @@ class Route:
                 lines.append(f"x-lepton-version: {version}")
             head = self._heads[line, version] = "".join(f"{each}\r\n" for each in lines).encode()
         return head
+
+    def pool_of(self, version: int) -> str:
+        """The pool that the version runs in."""
+        return self.counts.pools.get(version, "")
 
     def has(self, version: int) -> bool:
         return self.serving.assigned(version) is not None

@@ -20,6 +20,7 @@ from lepton_common.records import (
     KEYS,
     WORKERS,
     Assigned,
+    KeyLimits,
     KeyRecord,
     Limits,
     Loaded,
@@ -114,7 +115,12 @@ class Lab:
         await self.etcd.put(WORKERS + worker, state.model_dump_json().encode())
 
     async def new_key(
-        self, *scopes: Scope, tenant: str = "acme", expires_at: datetime | None = None, models: Sequence[str] = ()
+        self,
+        *scopes: Scope,
+        tenant: str = "acme",
+        expires_at: datetime | None = None,
+        models: Sequence[str] = (),
+        limits: KeyLimits | None = None,
     ) -> str:
         secret, digest, prefix = new_secret()
         record = KeyRecord(
@@ -126,6 +132,7 @@ class Lab:
             created_at=datetime.now(UTC),
             expires_at=expires_at,
             models=tuple(models),
+            limits=limits or KeyLimits(),
         )
         await self.etcd.put(KEYS + digest, record.model_dump_json().encode())
         return secret

@@ -96,7 +96,8 @@ class Batcher:
         self._max_queued_rows = batching.max_queued_rows
 
     def submit(self, inputs: dict[str, Array], deadline: float, done: Done) -> Work:
-        """`done` is called once, later, on this thread, with the outputs or the error; never after `cancel`.
+        """`done` is called once, later, on this thread, with the outputs or the error and the seconds that the work
+        waited for a slot; never after `cancel`.
 
         `deadline` is in time.monotonic: work still queued then is not run. Raises Overloaded when the queue is full.
         """
@@ -243,6 +244,8 @@ class Batcher:
         """
         works, elapsed_s = batch.works, ended - started
         rows = sum([work.rows for work in works])
+        for work in works:
+            work.waited_s = started - work.arrived
         self.statistics.count(works, rows, started, ended)
         self._row_s += _SMOOTHING * (elapsed_s / rows - self._row_s)
         if batch.key is not ALONE:
@@ -280,7 +283,7 @@ class Batcher:
             self.statistics.succeeded += 1
             self.statistics.rows += work.rows
         try:
-            done(outcome)
+            done(outcome, work.waited_s)
         except Exception as error:  # The others of the batch must get their answers.
             self._report(error)
 

@@ -9,7 +9,8 @@ from lepton_common.errors import LeptonError
 from lepton_common.tensors import Array
 
 Outputs = dict[str, Array]
-Done = Callable[[Outputs | LeptonError], None]
+# What became of the work, and for how many seconds it waited for a slot.
+Done = Callable[[Outputs | LeptonError, float], None]
 Key = tuple[Any, ...]
 
 ALONE: Key = ("alone",)  # the bucket of works that are never merged
@@ -18,7 +19,7 @@ ALONE: Key = ("alone",)  # the bucket of works that are never merged
 class Work:
     """One request's share of the queue. `done` is None once it is answered, or abandoned by its caller."""
 
-    __slots__ = ("arrived", "deadline", "done", "inputs", "queued", "rows")
+    __slots__ = ("arrived", "deadline", "done", "inputs", "queued", "rows", "waited_s")
 
     def __init__(self, inputs: dict[str, Array], rows: int, arrived: float, deadline: float, done: Done) -> None:
         self.inputs = inputs
@@ -27,6 +28,7 @@ class Work:
         self.deadline = deadline
         self.done: Done | None = done
         self.queued = True
+        self.waited_s = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ class Caller:
 
     def submit(self, inputs: Outputs, deadline: float = NEVER) -> tuple[Work, asyncio.Future[Any]]:
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        return self.batcher.submit(inputs, deadline, answer.set_result), answer
+        return self.batcher.submit(inputs, deadline, lambda outcome, waited_s: answer.set_result(outcome)), answer
 
     async def ask(self, inputs: Outputs, deadline: float = NEVER) -> Any:
         return await self.submit(inputs, deadline)[1]
@@ -264,7 +264,7 @@ async def test_an_answer_that_cannot_be_written_harms_no_other() -> None:
     reported: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context["exception"]))
     async with batching(Model()) as caller:
-        caller.batcher.submit(row(1), NEVER, lambda outcome: 1 / 0)  # type: ignore[arg-type]
+        caller.batcher.submit(row(1), NEVER, lambda outcome, waited_s: 1 / 0)  # type: ignore[arg-type]
         assert (await caller.ask(row(2)))["y"].tolist() == [[4]]
     assert isinstance(reported[0], ZeroDivisionError)
 

@@ -1,0 +1,145 @@
+"""Limits and admission as callers meet them, and the count of a day over several gateways."""
+
+import asyncio
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from lepton_common.auth import Caller
+from lepton_common.etcd import EtcdClient
+from lepton_common.http11 import JSON, Request
+from lepton_common.records import QUOTAS, KeyLimits, Limits, QuotaUse, Scope
+from lepton_gateway.admission import Admission
+from lepton_gateway.lanes import Lane, Ticket
+from lepton_gateway.limits import SECONDS_A_DAY, Use
+from lepton_gateway.quotas import Quotas
+
+from .lab import Lab, counted, error_of
+
+INFER = "/v2/models/m/infer"
+OK = b'{"model_name":"m","outputs":[]}'
+
+
+async def metrics(lab: Lab) -> str:
+    return (await lab.client.get("/metrics")).text
+
+
+async def told(lab: Lab, line: str) -> None:
+    """Returns once the metrics have this line."""
+    async with lab.patience():
+        while True:
+            if line in await metrics(lab):
+                return
+            await asyncio.sleep(0.01)
+
+
+async def test_a_key_over_its_rate_is_429_and_others_are_not(lab: Lab) -> None:
+    limited = await lab.new_key(Scope.INFER, limits=KeyLimits(rate_per_s=0.1, burst=2))
+    headers = {"authorization": f"Bearer {limited}"}
+    await lab.until("/v2/models/m", 200, limited)
+    responses = [await lab.client.post(INFER, headers=headers) for _ in range(3)]
+    assert [response.status_code for response in responses] == [200, 200, 429]
+    assert "this API key is over its rate of 0.1 requests/s" in error_of(responses[2])
+    assert responses[2].headers["retry-after"] == "10"
+    assert (await lab.client.post(INFER)).status_code == 200
+    assert (
+        'lepton_gateway_shed_requests_total{class="interactive",reason="key_rate"} 1.0'
+        in (await lab.client.get("/metrics")).text
+    )
+    assert counted(lab.windows.told("m"))[0, False, "shed"] == 1
+
+
+async def test_a_key_has_its_day_until_midnight(lab: Lab) -> None:
+    limited = await lab.new_key(Scope.INFER, limits=KeyLimits(per_day=2))
+    headers = {"authorization": f"Bearer {limited}"}
+    await lab.until("/v2/models/m", 200, limited)
+    responses = [await lab.client.post(INFER, headers=headers) for _ in range(3)]
+    now = datetime.now(UTC)
+    midnight = (now + timedelta(days=1)).replace(hour=0, minute=0, second=0)
+    assert [response.status_code for response in responses] == [200, 200, 429]
+    assert "midnight UTC" in error_of(responses[2])
+    assert int(responses[2].headers["retry-after"]) == pytest.approx((midnight - now).total_seconds(), abs=20)
+
+
+async def test_a_model_has_a_rate_of_its_own(lab: Lab) -> None:
+    await lab.serve("slow", 1, limits=Limits(rate_per_s=0.01, burst=1))
+    await lab.until("/v2/models/slow", 200)
+    assert (await lab.client.post("/v2/models/slow/infer")).status_code == 200
+    response = await lab.client.post("/v2/models/slow/infer")
+    assert response.status_code == 429
+    assert "model 'slow' is over its rate" in error_of(response)
+
+
+async def test_what_waits_goes_in_its_turn_with_the_time_it_has_left(lab: Lab) -> None:
+    # The worker says that they wait too long: the places become fewer, down to two.
+    lab.mesh.handler = lambda request: request.respond(200, JSON + b"x-lepton-queue-ms: 100\r\n", OK)
+    async with lab.patience():
+        while 'model_in_flight_limit{model="m",pool="cpu",tenant="acme"} 2.0' not in await metrics(lab):
+            assert (await lab.client.post(INFER)).status_code == 200
+    held: asyncio.Queue[Request] = asyncio.Queue()
+    lab.mesh.handler = held.put_nowait
+    timeout = {"x-request-timeout-ms": "5000"}
+    asked = [asyncio.create_task(lab.client.post(INFER, headers=timeout)) for _ in range(2)]
+    running = [await held.get() for _ in asked]
+    asked += [asyncio.create_task(lab.client.post(INFER, headers=timeout)) for _ in range(2)]
+    await told(lab, 'queue_length{class="interactive",pool="cpu"} 2.0')
+    asked[2].cancel()  # Its caller leaves.
+    await told(lab, 'queue_length{class="interactive",pool="cpu"} 1.0')
+    running[0].respond(200, JSON, OK)
+    last = await held.get()
+    left_ms = int(last.headers[b"x-request-timeout-ms"])
+    assert left_ms < 5000
+    assert last.headers[b"x-envoy-upstream-rq-timeout-ms"] == b"%d" % left_ms
+    for request in (running[1], last):
+        request.respond(200, JSON, OK)
+    assert [(await asked[index]).status_code for index in (0, 1, 3)] == [200] * 3
+    assert held.empty()
+    assert 'lepton_gateway_in_flight{model="m",tenant="acme"} 0.0' in await metrics(lab)
+
+
+class Gateway:
+    """What counts the requests of one key at one gateway."""
+
+    def __init__(self, etcd: EtcdClient, clock_s: list[float]) -> None:
+        self.admission = Admission(lambda: clock_s[0])
+        self.quotas = Quotas(etcd, self.admission)
+        self._lane = Lane(self.admission.pool("cpu"), Use("model 'm'", Limits()))
+        self._caller = Caller("acme", frozenset({Scope.INFER}), "key-1", "", limits=KeyLimits(per_day=100))
+
+    def ask(self, times: int) -> None:
+        for _ in range(times):
+            now = time.monotonic()
+            ticket = Asked("acme", self._lane, 1, now, now + 30)
+            self.admission.enter(ticket, self._caller)
+            self.admission.leave(self._lane, ticket, now, None)
+
+    @property
+    def used(self) -> int:
+        day = self.admission.keys["key-1"].day
+        assert day is not None
+        return day.on(self.admission.today())
+
+
+class Asked(Ticket):
+    def start(self) -> None: ...
+
+
+async def test_gateways_count_a_day_together_and_restarts_forget_nothing(etcd: EtcdClient) -> None:
+    clock_s = [20_000.5 * SECONDS_A_DAY]
+    one, other = Gateway(etcd, clock_s), Gateway(etcd, clock_s)
+    one.ask(30)
+    other.ask(20)
+    await asyncio.gather(one.quotas.share(), other.quotas.share())
+    one.ask(1)
+    await one.quotas.share()
+    assert one.used == 51
+    again = Gateway(etcd, clock_s)
+    again.ask(1)
+    await again.quotas.share()
+    assert again.used == 52
+    clock_s[0] += SECONDS_A_DAY
+    again.ask(5)
+    await again.quotas.share()
+    found = await etcd.get(QUOTAS + "key-1")
+    assert found is not None
+    assert QuotaUse.model_validate_json(found.value) == QuotaUse(day=20_001, used=5)
