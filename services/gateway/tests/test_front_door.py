@@ -20,15 +20,11 @@ INFER = "/v2/models/m/infer"
 OK = b'{"model_name":"m","outputs":[]}'
 
 
-async def metrics(lab: Lab) -> str:
-    return (await lab.client.get("/metrics")).text
-
-
 async def told(lab: Lab, line: str) -> None:
     """Returns once the metrics have this line."""
     async with lab.patience():
         while True:
-            if line in await metrics(lab):
+            if line in await lab.metrics():
                 return
             await asyncio.sleep(0.01)
 
@@ -42,10 +38,7 @@ async def test_a_key_over_its_rate_is_429_and_others_are_not(lab: Lab) -> None:
     assert "this API key is over its rate of 0.1 requests/s" in error_of(responses[2])
     assert responses[2].headers["retry-after"] == "10"
     assert (await lab.client.post(INFER)).status_code == 200
-    assert (
-        'lepton_gateway_shed_requests_total{class="interactive",reason="key_rate"} 1.0'
-        in (await lab.client.get("/metrics")).text
-    )
+    assert 'lepton_gateway_shed_requests_total{class="interactive",reason="key_rate"} 1.0' in await lab.metrics()
     assert counted(lab.windows.told("m"))[0, False, "shed"] == 1
 
 
@@ -74,7 +67,7 @@ async def test_what_waits_goes_in_its_turn_with_the_time_it_has_left(lab: Lab) -
     # The worker says that they wait too long: the places become fewer, down to two.
     lab.mesh.handler = lambda request: request.respond(200, JSON + b"x-lepton-queue-ms: 100\r\n", OK)
     async with lab.patience():
-        while 'model_in_flight_limit{model="m",pool="cpu",tenant="acme"} 2.0' not in await metrics(lab):
+        while 'model_in_flight_limit{model="m",pool="cpu",tenant="acme"} 2.0' not in await lab.metrics():
             assert (await lab.client.post(INFER)).status_code == 200
     held: asyncio.Queue[Request] = asyncio.Queue()
     lab.mesh.handler = held.put_nowait
@@ -94,7 +87,7 @@ async def test_what_waits_goes_in_its_turn_with_the_time_it_has_left(lab: Lab) -
         request.respond(200, JSON, OK)
     assert [(await asked[index]).status_code for index in (0, 1, 3)] == [200] * 3
     assert held.empty()
-    assert 'lepton_gateway_in_flight{model="m",tenant="acme"} 0.0' in await metrics(lab)
+    assert 'lepton_gateway_in_flight{model="m",tenant="acme"} 0.0' in await lab.metrics()
 
 
 class Gateway:
