@@ -129,6 +129,16 @@ def fragile() -> onnx.ModelProto:
     )
 
 
+def lookup() -> onnx.ModelProto:
+    """index INT64 [-1] → y FP32 [-1], a tenth of it: fails while it runs on an index that is not 0 to 9."""
+    return _model(
+        [helper.make_node("Gather", ["tenths", "index"], ["y"])],
+        [("index", TensorProto.INT64, ("rows",))],
+        [("y", TensorProto.FLOAT, ("rows",))],
+        {"tenths": np.arange(10, dtype=np.float32) / 10},
+    )
+
+
 def neighbourly() -> onnx.ModelProto:
     """x FP32 [-1, 2] → y FP32 [-1, 2]: the shares of each column. Rows depend on each other: never to be batched."""
     return _model(

@@ -94,6 +94,8 @@ RULES: dict[str, dict[str, frozenset[str]]] = {
         "POST /v1/serving/{model}/rollback": DEPLOY,
         "POST /v1/serving/{model}/load": DEPLOY,
         "POST /v1/serving/{model}/unload": DEPLOY,
+        "PUT /v1/serving/{model}/cache": DEPLOY,
+        "DELETE /v1/serving/{model}/cache": DEPLOY,
     },
     "monitor": {**OPERATIONAL, "GET /v1/windows": READ, "POST /v1/windows/counters": TEST},
     "gateway": {

@@ -55,6 +55,8 @@ SERVICES = {
         "POST /v1/serving/{model}/rollback",
         "POST /v1/serving/{model}/load",
         "POST /v1/serving/{model}/unload",
+        "PUT /v1/serving/{model}/cache",
+        "DELETE /v1/serving/{model}/cache",
     },
     "monitor": {"GET /v1/windows", "POST /v1/windows/counters"},
 }

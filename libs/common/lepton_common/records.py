@@ -62,6 +62,13 @@ class Shadow(Record):
     percent: Annotated[float, Field(ge=0, le=100)]
 
 
+class Cache(Record):
+    """How long, and in how many bytes of each gateway, the model's answers are kept for requests that equal theirs."""
+
+    ttl_s: Annotated[float, Field(gt=0)]
+    max_bytes: Annotated[int, Field(gt=0)]
+
+
 class Sticky(Record):
     """One user stays on one version. `by` is the header that names the user, or "key" for the caller's API key.
 
@@ -111,6 +118,7 @@ class Serving(Record):
     matches: tuple[VersionMatch, ...] = ()
     hand: Hand | None = None
     forwarded: tuple[str, ...] = ()
+    cache: Cache | None = None
 
     @property
     def ref(self) -> ModelRef:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lepton import cli_keys, cli_mesh, cli_models, cli_platform, cli_policies, cli_rollouts, render
+from lepton import cli_batch, cli_keys, cli_mesh, cli_models, cli_platform, cli_policies, cli_rollouts, render
 from lepton.errors import Forbidden, LeptonError, NotFound, Unauthenticated, Unavailable, Unreachable
 
 # The first matching kind wins, so the narrower ones stand first; any other error is 1, wrong usage is 2.
@@ -58,6 +58,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_platform.commands)
 app.add_typer(cli_models.commands)
+app.add_typer(cli_batch.commands)
 _TRAFFIC = "Traffic"
 app.add_typer(
     cli_rollouts.commands,

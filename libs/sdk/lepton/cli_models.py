@@ -171,6 +171,33 @@ def timeline(ctx: typer.Context, model: Name, json: Json = False) -> None:
 
 
 @commands.command(rich_help_panel=_PANEL)
+def cache(
+    ctx: typer.Context,
+    model: Name,
+    ttl: Annotated[float | None, typer.Option(min=0.001, help="Turn it on: seconds that an answer is kept.")] = None,
+    max_mb: Annotated[int, typer.Option(min=1, max=1024, help="Memory of each gateway for the answers.")] = 64,
+    off: Annotated[bool, typer.Option("--off", help="Turn it off.")] = False,
+    json: Json = False,
+) -> None:
+    """Show, or change, whether requests that equal an earlier one are answered from memory."""
+    if off and ttl is not None:
+        raise typer.BadParameter("--ttl turns it on, --off turns it off: give one of them")
+    with connect(ctx) as client:
+        if ttl is not None:
+            view = client.set_cache(model, ttl_s=ttl, max_bytes=max_mb << 20)
+        else:
+            view = client.unset_cache(model) if off else client.serving(model)
+    kept = view.cache
+    if json:
+        print_json({"model": model, "cache": kept})
+    elif kept is None:
+        console.print(f"{model} is asked every time. `lepton cache {model} --ttl 60` keeps its answers for a minute.")
+    else:
+        told = f"for {kept.ttl_s:g} s, in {kept.max_bytes / 2**20:.3g} MiB of each gateway"
+        console.print(f"Answers of {model} are kept {told}, while one version has all of its traffic.")
+
+
+@commands.command(rich_help_panel=_PANEL)
 def infer(
     ctx: typer.Context,
     model: Name,

@@ -80,6 +80,8 @@ class _Operations:
     rollout = _Operation(operations_rollouts.rollout)
     find_rollout = _Operation(operations_rollouts.find_rollout)
     serving = _Operation(operations_rollouts.serving)
+    set_cache = _Operation(operations_rollouts.set_cache)
+    unset_cache = _Operation(operations_rollouts.unset_cache)
     decisions = _Operation(operations_rollouts.decisions)
     rollout_windows = _Operation(operations_rollouts.rollout_windows)
     replay = _Operation(operations_rollouts.replay)

@@ -270,8 +270,16 @@ class LoadedVersion(Response):
     reason: str = ""
 
 
+class ResponseCache(Request):
+    """The gateways keep a model's answers for `ttl_s` seconds, each in `max_bytes` of its memory, and give them to
+    requests of the same bytes. For models that answer the same whenever they are asked the same."""
+
+    ttl_s: Annotated[float, Field(gt=0, le=7 * 24 * 3600, allow_inf_nan=False)] = 60.0
+    max_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 64 << 20
+
+
 class ServingView(Response):
-    """What is served of a model now. `previous` is where a rollback goes.
+    """What is served of a model now. `previous` is where a rollback goes; `cache` is None where it is off.
 
     A version without a share of `split` is warm: it answers when asked for by number.
     """
@@ -284,6 +292,7 @@ class ServingView(Response):
     split: list[TrafficShare]
     versions: list[int]
     workers: list[LoadedVersion]
+    cache: ResponseCache | None = None
 
 
 # --- the Open Inference Protocol's part that people look at -----------------------------------------------------------

@@ -39,6 +39,7 @@ _STATE_STYLES = {
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
 _STAGES = {
     "upload": "Uploading",
+    "scoring": "Scoring",
     "loading": "Workers load it",
     "shifting": "Traffic moves",
     "promoted": "Live",
@@ -144,11 +145,16 @@ def progress_bars(*, quiet: bool = False) -> Iterator["OnProgress"]:
     deployment: list[TaskID] = []
 
     def report(progress: "Progress") -> None:
-        uploading = progress.stage == "upload"
-        tasks = upload if uploading else deployment
+        tasks = upload if progress.stage == "upload" else deployment
         if not tasks:
             tasks.append(bars.add_task("", amount=""))
-        amount = f"{size(progress.done)} of {size(progress.total)}" if uploading else f"{progress.done:g} % of traffic"
+        match progress.stage:
+            case "upload":
+                amount = f"{size(progress.done)} of {size(progress.total)}"
+            case "scoring":
+                amount = f"{progress.done:,.0f} of {progress.total:,.0f} rows"
+            case _:
+                amount = f"{progress.done:g} % of traffic"
         amount += f" [dim]{escape(progress.note)}[/]" if progress.note else ""
         # While workers load there is no share to show, so the bar pulses.
         total = None if progress.stage == "loading" else progress.total

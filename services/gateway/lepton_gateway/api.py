@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 import structlog
 from lepton_common import oip
-from lepton_common.auth import Caller, forbidden
+from lepton_common.auth import NO_LIMITS, Caller, forbidden
 from lepton_common.errors import Denied, Invalid, LeptonError, NotFound, Unavailable, Unsupported, status_of
 from lepton_common.health import Readiness
 from lepton_common.http11 import JSON, Request, error_body
@@ -120,8 +120,19 @@ class Api:
         caller = self._callers.check(request, Scope.INFER, target.model)
         version = _wanted_version(request, caller, target)
         route = self._route(caller, target, version)
+        ask = partial(self._ask_model, caller, route, version)
+        # A key with limits of its own asks the model every time: that is where they are counted.
+        cache = route.cache if caller.limits is NO_LIMITS else None
+        if cache is None or not cache.answer(request, version, ask):
+            ask(request)
+
+    def _ask_model(self, caller: Caller, route: Route, version: int | None, request: Request) -> None:
+        """The model is asked, or the request refused."""
         user = None if route.sticky is None or version is not None else user_of(route.sticky, request.headers, caller)
-        self._proxy.infer(self._ways, request, route, caller, version, user)
+        try:
+            self._proxy.infer(self._ways, request, route, caller, version, user)
+        except LeptonError as error:
+            self._refuse(request, error)
 
     def _ask(self, request: Request, target: Target, line: str) -> None:
         """Something that a worker knows of the model."""

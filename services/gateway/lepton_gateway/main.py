@@ -47,7 +47,7 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
     """The whole service."""
     service = Service("gateway", settings, telemetry)
     workers = Mirror(etcd, WORKERS, WorkerState.model_validate_json)
-    routes = Routes(workers.items, windows)
+    routes = Routes(workers.items, windows, settings.cache_bytes)
     serving = Mirror(etcd, SERVING, Serving.model_validate_json, routes.changed)
     host, _, port = settings.mesh.rpartition(":")
     upstream = Upstream(host, int(port))

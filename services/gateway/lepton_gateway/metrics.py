@@ -61,6 +61,7 @@ class Metrics(Collector):
     def collect(self) -> Iterable[Metric]:
         yield from self._of_models()
         yield from self._of_pools()
+        yield from self._of_caches()
         refused = CounterMetricFamily(
             "lepton_gateway_refused_requests", "Requests that never went to the mesh, by status.", labels=("code",)
         )
@@ -130,6 +131,22 @@ class Metrics(Collector):
         for (reason, background), count in self._admission.refused.items():
             shed.add_metric((reason.value, "background" if background else "interactive"), count)
         yield from (waiting, size, limit, shed)
+
+    def _of_caches(self) -> Iterable[Metric]:
+        hits = CounterMetricFamily(
+            "lepton_gateway_cache_hits", "Requests answered without asking the model.", labels=_LABELS
+        )
+        misses = CounterMetricFamily("lepton_gateway_cache_misses", "Requests that no cache answered.", labels=_LABELS)
+        size = GaugeMetricFamily(
+            "lepton_gateway_cache_bytes", "Memory that kept answers take.", labels=("tenant", "model")
+        )
+        for (tenant, model), route in self._routes.all.items():
+            if route.cache is not None:
+                size.add_metric((tenant, model), route.cache.used_bytes)
+            for version, lookups in route.cache_counts.by_version.items():
+                hits.add_metric((tenant, model, str(version)), lookups.hits)
+                misses.add_metric((tenant, model, str(version)), lookups.misses)
+        yield from (hits, misses, size)
 
 
 def histogram(sketch: Sketch) -> list[int]:

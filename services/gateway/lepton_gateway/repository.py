@@ -1,7 +1,7 @@
 """The model repository extension: loading and unloading, which is rollout's to do, and the workers' statistics."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -21,6 +21,7 @@ from lepton_common.http11 import Request
 from lepton_common.records import LoadState
 
 from lepton_gateway.domain import json_object, summed
+from lepton_gateway.flights import Lookups
 from lepton_gateway.routes import Route, Routes
 
 # Loading may take as long as rollout waits for it; a worker's statistics come from its memory.
@@ -63,8 +64,9 @@ class Repository:
         if response.status_code != 200:
             raise _KINDS.get(response.status_code, Unavailable)(_detail_of(response))
 
-    async def statistics(self, routes: Iterable[Route], version: int | None) -> dict[str, Any]:
-        """`model_stats` of the models, or of one version, summed over the workers that answer."""
+    async def statistics(self, routes: Sequence[Route], version: int | None) -> dict[str, Any]:
+        """`model_stats` of the models, or of one version, summed over the workers that answer. What a cache answered is
+        that of this gateway."""
         asked = [
             self._statistics_of(worker.address, route, loaded.version)
             for route in routes
@@ -74,7 +76,16 @@ class Repository:
             and loaded.state is LoadState.READY
             and version in (None, loaded.version)
         ]
-        return {"model_stats": summed(entry for entries in await asyncio.gather(*asked) for entry in entries)}
+        found = summed(entry for entries in await asyncio.gather(*asked) for entry in entries)
+        lookups = {
+            (route.serving.model, str(version)): each
+            for route in routes
+            for version, each in route.cache_counts.by_version.items()
+        }
+        for entry in found:
+            if each := lookups.get((entry["name"], entry["version"])):
+                _add_lookups(entry["inference_stats"], each)
+        return {"model_stats": found}
 
     async def _statistics_of(self, address: str, route: Route, version: int) -> list[dict[str, Any]]:
         ref = route.serving.ref
@@ -98,6 +109,14 @@ def ready_only(request: Request) -> bool:
     if not isinstance(ready, bool):
         raise Invalid("ready must be true or false")
     return ready
+
+
+def _add_lookups(told: dict[str, Any], lookups: Lookups) -> None:
+    """Triton counts what a cache answered as a success, too."""
+    told["cache_hit"] = {"count": lookups.hits, "ns": lookups.hit_ns}
+    told["cache_miss"] = {"count": lookups.misses, "ns": lookups.miss_ns}
+    success = told["success"]
+    told["success"] = {"count": success["count"] + lookups.hits, "ns": success["ns"] + lookups.hit_ns}
 
 
 def _version_of(request: Request) -> int | None:

@@ -8,6 +8,8 @@ from lepton_common.auth import Caller
 from lepton_common.errors import NotFound
 from lepton_common.records import Serving, WorkerState
 
+from lepton_gateway.cache import Memory
+from lepton_gateway.flights import CacheCounts, ResponseCache
 from lepton_gateway.lanes import Lane
 from lepton_gateway.limits import Use
 from lepton_gateway.windows import Counts, Windows
@@ -34,11 +36,15 @@ _KEPT_BACK_PREFIXES = ("x-lepton-", "x-envoy-", "proxy-")
 
 
 class Route:
-    """One model: its record, its way through the mesh, its counts, and what it uses of its limits."""
+    """One model: its record, its way through the mesh, its counts, what it uses of its limits, and its cache if it has
+    one."""
 
     __slots__ = (
         "_heads",
         "_host",
+        "_memory",
+        "cache",
+        "cache_counts",
         "counts",
         "forwarded",
         "forwarded_traced",
@@ -52,8 +58,11 @@ class Route:
         "use",
     )
 
-    def __init__(self, serving: Serving, counts: Counts) -> None:
+    def __init__(self, serving: Serving, counts: Counts, memory: Memory) -> None:
         self._host = serving.ref.host
+        self._memory = memory
+        self.cache: ResponseCache | None = None
+        self.cache_counts = CacheCounts()
         self._heads: dict[tuple[str, int | None], bytes] = {}
         self.counts = counts
         self.lanes: dict[str, Lane] = {}
@@ -76,6 +85,14 @@ class Route:
         self.counts.sticky = serving.sticky is not None
         self.shadow = serving.shadow
         self.stable = b"" if serving.stable is None else b"%d" % serving.stable
+        self.close()
+        # Whatever changed, nothing that was answered before is an answer now.
+        self.cache = ResponseCache(serving, self._memory, self.cache_counts) if serving.cache else None
+
+    def close(self) -> None:
+        """Its answers take no memory any more."""
+        if self.cache is not None:
+            self.cache.close()
 
     def head(self, line: str, version: int | None) -> bytes:
         """Request line (`line` is "GET" or "POST …/infer" with its path) and the headers that the mesh routes by."""
@@ -103,9 +120,11 @@ def _may_be_forwarded(name: str) -> bool:
 class Routes:
     """Every model, by tenant and name. `changed` is the callback of the mirror of serving records."""
 
-    def __init__(self, workers: Mapping[str, WorkerState], windows: Windows) -> None:
+    def __init__(self, workers: Mapping[str, WorkerState], windows: Windows, cache_bytes: int) -> None:
+        """`cache_bytes`: what the answers kept of all models may take."""
         self._workers = workers
         self._windows = windows
+        self._memory = Memory(cache_bytes)
         self._routes: dict[tuple[str, str], Route] = {}
         self.all: Mapping[tuple[str, str], Route] = MappingProxyType(self._routes)
 
@@ -114,9 +133,11 @@ class Routes:
         tenant, _, model = key.partition("/")
         route = self._routes.get((tenant, model))
         if serving is None:
-            self._routes.pop((tenant, model), None)
+            if route is not None:
+                route.close()
+                del self._routes[tenant, model]
         elif route is None:
-            self._routes[tenant, model] = Route(serving, self._windows.of(serving.ref))
+            self._routes[tenant, model] = Route(serving, self._windows.of(serving.ref), self._memory)
         else:
             route.update(serving)
 

@@ -3,14 +3,14 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Path
-from lepton.models import Name, ServingView, VersionChoice
+from lepton.models import Name, ResponseCache, ServingView, VersionChoice
 from lepton.policies import PRESETS, Policy
 from lepton.rollouts import MeshView, NewMesh, Policies, Rollout, StoredPolicy
 from lepton_common.auth import Caller
 from lepton_common.db import Database
 from lepton_common.errors import NotFound
 from lepton_common.events import PolicySet
-from lepton_common.records import Scope, Serving
+from lepton_common.records import Cache, Scope, Serving
 from lepton_common.types import ModelRef
 from lepton_common.web import caller
 
@@ -64,6 +64,17 @@ def _add_serving_routes(routes: APIRouter, table: ServingTable, workers: Workers
     async def unload(model: ModelName, by: Deployer, choice: VersionChoice = MODEL_ITSELF) -> ServingView:
         """Let a warm version go, or without one the whole model."""
         return view(await commands.unload(by.ref(model), choice.version))
+
+    @routes.put("/serving/{model}/cache")
+    async def set_cache(model: ModelName, cache: ResponseCache, by: Deployer) -> ServingView:
+        """Answer requests that equal an earlier one from the gateways' memory, while one version has all traffic."""
+        kept = Cache(ttl_s=cache.ttl_s, max_bytes=cache.max_bytes)
+        return view(await commands.cache(by.ref(model), kept))
+
+    @routes.delete("/serving/{model}/cache")
+    async def unset_cache(model: ModelName, by: Deployer) -> ServingView:
+        """Ask the model every time again."""
+        return view(await commands.cache(by.ref(model), None))
 
 
 def _add_policy_routes(routes: APIRouter, db: Database) -> None:

@@ -7,14 +7,14 @@ import stamina
 from lepton.policies import OnNewer
 from lepton_common.db import Database
 from lepton_common.errors import Conflict, DeadlineExceeded, NotFound
-from lepton_common.records import Assigned, Serving
+from lepton_common.records import Assigned, Cache, Serving
 from lepton_common.types import ModelRef
 
 from lepton_rollout import store, store_facts
 from lepton_rollout.domain import Rollout, State
 from lepton_rollout.loading import Loading, judge_loading
 from lepton_rollout.orders import aborted
-from lepton_rollout.record import abandoned, cooled, returned, unrouted, warmed, withdrawn
+from lepton_rollout.record import abandoned, caching, cooled, returned, unrouted, warmed, withdrawn
 from lepton_rollout.serving import Change, Raced, ServingTable
 from lepton_rollout.starting import IMMEDIATE, Starter
 from lepton_rollout.workers import Workers
@@ -98,6 +98,10 @@ class Commands:
             raise NotFound(f"model {model.model!r} is not served")
         await self._settle(model, unrouted)
         return await self._settle(model, withdrawn)
+
+    async def cache(self, model: ModelRef, cache: Cache | None) -> Serving:
+        """The gateways keep the model's answers so, or with None no more. Raises NotFound."""
+        return await self._record(model, lambda serving: caching(serving, cache))
 
     async def _warm(self, model: ModelRef, assigned: Assigned) -> Serving:
         await self._record(model, lambda serving: warmed(serving, assigned))

@@ -2,7 +2,7 @@
 
 from lepton.policies import Policy
 from lepton_common.errors import Conflict, NotFound
-from lepton_common.records import Assigned, Hand, Serving, Shadow, Share, Sticky, VersionMatch
+from lepton_common.records import Assigned, Cache, Hand, Serving, Shadow, Share, Sticky, VersionMatch
 from lepton_common.types import ModelRef
 
 from lepton_rollout.policy import Kind, Stage
@@ -115,6 +115,13 @@ def unrouted(serving: Serving) -> Serving:
 def withdrawn(serving: Serving) -> Serving:
     """No worker holds any version. `stable` and `previous` are remembered, so that a load restores the model."""
     return _next(_routed(serving, split=()), versions=())
+
+
+def caching(serving: Serving, cache: Cache | None) -> Serving:
+    """The gateways keep the model's answers so, or not at all. Raises NotFound for a model never served."""
+    if serving.generation == 0:
+        raise NotFound(f"model {serving.model!r} is not served")
+    return _next(serving, cache=cache)
 
 
 def returned(serving: Serving) -> int:

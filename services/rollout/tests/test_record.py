@@ -3,12 +3,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lepton.policies import Policy
 from lepton_common.errors import Conflict, NotFound
-from lepton_common.records import Serving, Share
+from lepton_common.records import Cache, Serving, Share
 from lepton_common.types import ModelRef
 from lepton_rollout.policy import Kind, Stage
 from lepton_rollout.record import (
     TOTAL_WEIGHT,
     abandoned,
+    caching,
     cooled,
     moved,
     promoted,
@@ -49,6 +50,16 @@ def test_a_warmed_version_takes_no_traffic() -> None:
     assert held(serving) == {1, 2}
     assert split(serving) == {1: 100}
     assert serving.stable == 1
+
+
+def test_a_cache_stays_on_whatever_is_served_until_it_is_turned_off() -> None:
+    on = Cache(ttl_s=60, max_bytes=1000)
+    serving = withdrawn(promoted(warmed(caching(deployed(1), on), assigned(2)), 2))
+    assert serving.cache == on
+    off = caching(serving, None)
+    assert (off.cache, off.generation) == (None, serving.generation + 1)
+    with pytest.raises(NotFound, match="not served"):
+        caching(unserved(MODEL), on)
 
 
 def test_a_promoted_version_takes_all_traffic_and_the_one_before_stays_warm() -> None:
