@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -80,6 +81,11 @@ def test_plain_json_needs_nothing_but_a_value() -> None:
     assert read(headers(id="r1", x_request_id="r2"), b"1").id == "r1"
 
 
+def test_the_time_is_the_cloudevents() -> None:
+    assert read(headers(**REQUIRED, ce_time="2026-11-27T10:00:00Z"), b"1").at == datetime(2026, 11, 27, 10, tzinfo=UTC)
+    assert read(headers(**REQUIRED), b"1").at is None
+
+
 def test_names_of_headers_are_read_in_any_case() -> None:
     message = read(
         [("Authorization", b"Bearer k"), ("Content-Type", b"Application/CloudEvents+JSON; charset=UTF-8")],
@@ -114,6 +120,10 @@ EVENT = {"id": "1", "source": "/s", "type": "t", "specversion": "1.0"}
         (REQUIRED | {"ce_id": ""}, b"1", "ce_id: expected 1 to 1024 characters, none of them a control character"),
         (REQUIRED | {"ce_id": "a\0b"}, b"1", "ce_id: expected 1 to 1024 characters, none of them a control character"),
         (REQUIRED | {"ce_id": "x" * 257}, b"1", "id: 257 characters, at most 256 are allowed"),
+        (REQUIRED | {"ce_time": "yesterday"}, b"1",
+         "time: expected an RFC 3339 time with its offset, such as 2026-11-27T10:00:00Z"),
+        (REQUIRED | {"ce_time": "2026-11-27T10:00:00"}, b"1",
+         "time: expected an RFC 3339 time with its offset, such as 2026-11-27T10:00:00Z"),
         (REQUIRED | {"CE_ID": "2"}, b"1", "header 'ce_id': there are two of them"),
         ({"authorization": "a", "Authorization": "b"}, b"1", "header 'authorization': there are two of them"),
         ({"content-type": "application/cloudevents-batch+json"}, b"[]",
