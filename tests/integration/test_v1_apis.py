@@ -56,7 +56,7 @@ SERVICES = {
         "POST /v1/serving/{model}/load",
         "POST /v1/serving/{model}/unload",
     },
-    "monitor": {"GET /v1/windows", "POST /v1/windows/counters"},
+    "monitor": {"GET /v1/windows", "POST /v1/windows/counters", "GET /v1/labels"},
 }
 OPERATIONS = [(service, label) for service, labels in SERVICES.items() for label in sorted(labels)]
 
