@@ -54,6 +54,9 @@ def headers(original: Sequence[tuple[str, bytes]], origin: Origin, failure: Fail
         "offset": str(origin.offset),
         "consumer": origin.consumer,
     }
+    secret = {name.lower() for name, _ in original} - {name.lower() for name, _ in without_secrets(original)}
+    if secret:
+        story["without"] = ", ".join(sorted(secret))
     kept = [(name, without_keys(value)) for name, value in without_secrets(original) if not name.startswith(PREFIX)]
     return [*kept, *((PREFIX + name, value.encode()) for name, value in story.items())]
 
