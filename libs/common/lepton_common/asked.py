@@ -1,6 +1,6 @@
 """What producers may ask for over Kafka: the data of their messages, by topic. How they write it, see `foreign.py`."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from lepton.models import Name, NewVersion, Sha256, Text
 from lepton.policies import PRESETS, Policy
@@ -74,3 +74,47 @@ class Label(BaseModel):
         if (self.request is None) == (self.key is None):
             raise ValueError("request or key: exactly one of them has to say what the label is of")
         return self
+
+
+class Tensor(BaseModel):
+    """A tensor of the Open Inference Protocol. Without `data` its bytes follow the JSON: `binary_data_size` of them."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: dict[str, Any] = {}
+    data: list[Any] | None = None
+
+
+class InferenceRequest(BaseModel):
+    """`lepton.inference.requests`: an infer request of the Open Inference Protocol, and what is to become of it.
+
+    The fields that are not the protocol's may stand in headers `lepton-model` … instead. With the header
+    `inference-header-content-length` the value is that much JSON, and the bytes of the tensors behind it.
+    """
+
+    model: str
+    version: int | None = None
+    reply_topic: str = "lepton.inference.results"
+    timeout_ms: int | None = None
+    ordered: bool = False
+    id: str | None = None
+    parameters: dict[str, Any] = {}
+    inputs: list[Tensor]
+    outputs: list[dict[str, Any]] = []
+
+
+class InferenceAnswered(BaseModel):
+    """`lepton.inference.results`: the answer of the Open Inference Protocol, in the form that the request had."""
+
+    model_name: str
+    model_version: str | None = None
+    id: str | None = None
+    parameters: dict[str, Any] = {}
+    outputs: list[Tensor]
+
+
+class InferenceFailed(BaseModel):
+    """`lepton.inference.results`: the request has no answer, and why. The header `lepton-status` is as by HTTP."""
+
+    error: str

@@ -12,12 +12,13 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from lepton_common import events
-from lepton_common.asked import Ingest, Label
+from lepton_common.asked import InferenceAnswered, InferenceFailed, InferenceRequest, Ingest, Label
 from lepton_common.events import Event
-from lepton_common.topics import INGEST, LABELS, TOPICS, Topic
+from lepton_common.topics import INGEST, LABELS, REQUESTS, RESULTS, TOPICS, Topic
 
-# What is asked for on a topic, by its name.
-ASKED: dict[str, type[BaseModel]] = {INGEST.name: Ingest, LABELS.name: Label}
+# What is asked for on a topic, by its name; and what is answered.
+ASKED: dict[str, type[BaseModel]] = {REQUESTS.name: InferenceRequest, INGEST.name: Ingest, LABELS.name: Label}
+ANSWERED: tuple[type[BaseModel], ...] = (InferenceAnswered, InferenceFailed)
 
 _TEXT = {"type": "string", "minLength": 1}
 _TRACE = {"type": "string", "description": "W3C trace context"}
@@ -48,15 +49,34 @@ _ASKED_HEADERS = {
     },
 }
 
+_ANSWER_HEADERS = {
+    "type": "object",
+    "required": ["ce_specversion", "ce_id", "ce_source", "ce_type", "ce_time", "ce_correlationid", "lepton-status"],
+    "properties": {
+        "ce_specversion": {"const": "1.0"},
+        "ce_id": {"type": "string", "format": "uuid", "description": "the same for a repeat, by the request's id"},
+        "ce_source": {"const": "/gateway"},
+        "ce_type": {**_TEXT, "description": "the message's name"},
+        "ce_time": {"type": "string", "format": "date-time"},
+        "ce_correlationid": {**_TEXT, "description": "the request's id"},
+        "lepton-status": {"type": "string", "description": "as by HTTP"},
+        "lepton-version": {"type": "string", "description": "the version that answered"},
+        "lepton-waited-ms": {"type": "string"},
+        "lepton-took-ms": {"type": "string"},
+        "inference-header-content-length": {"type": "string", "description": "of an answer in binary form"},
+        "traceparent": _TRACE,
+    },
+}
+
 
 def document() -> dict[str, Any]:
     """The document, without anything that changes from one run to the next."""
     kinds = events.types()
-    shapes: list[type[BaseModel]] = [*kinds, *ASKED.values()]
+    shapes: list[type[BaseModel]] = [*kinds, *ASKED.values(), *ANSWERED]
     _, definitions = models_json_schema(
         [(each, "validation") for each in shapes], ref_template="#/components/schemas/{model}"
     )
-    topics = [each for each in TOPICS if each.name in ASKED or any(kind.topic == each.name for kind in kinds)]
+    topics = [each for each in TOPICS if _messages(each)]
     return {
         "asyncapi": "3.0.0",
         "info": {
@@ -80,6 +100,8 @@ def document() -> dict[str, Any]:
 def _messages(topic: Topic) -> list[str]:
     if topic.name in ASKED:
         return [ASKED[topic.name].__name__]
+    if topic.name == RESULTS.name:
+        return [each.__name__ for each in ANSWERED]
     return [each.__name__ for each in events.types() if each.topic == topic.name]
 
 
@@ -116,14 +138,14 @@ def _operation(topic: Topic) -> dict[str, Any]:
 
 
 def _message(shape: type[BaseModel]) -> dict[str, Any]:
-    is_event = issubclass(shape, Event)
+    headers = _EVENT_HEADERS if issubclass(shape, Event) else _ANSWER_HEADERS if shape in ANSWERED else _ASKED_HEADERS
     told = inspect.getdoc(shape) or ""
     return {
         "name": shape.__name__,
         "summary": told.split("\n\n")[0].replace("\n", " "),
         "description": told,
         "contentType": "application/json",
-        "headers": _EVENT_HEADERS if is_event else _ASKED_HEADERS,
+        "headers": headers,
         "payload": {"$ref": f"#/components/schemas/{shape.__name__}"},
         "bindings": {"kafka": {"key": {"type": "string"}, "bindingVersion": "0.5.0"}},
     }

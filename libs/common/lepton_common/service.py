@@ -15,7 +15,7 @@ from prometheus_client import Counter
 
 from lepton_common.auth import Caller, Keys, secret_of
 from lepton_common.bus import Bus
-from lepton_common.errors import Unauthenticated, Unavailable
+from lepton_common.errors import Denied, Unauthenticated, Unavailable
 from lepton_common.events import Event
 from lepton_common.foreign import Message
 from lepton_common.health import Check, Readiness
@@ -131,13 +131,17 @@ class Service:
         db, consumer = self._db, f"{self.name} {topic}"
 
         async def handle(message: Message) -> None:
-            secret = secret_of(message.authorization, None)
-            if not secret:
-                raise Unauthenticated("no key: send the header authorization: Bearer lp_…")
-            caller = keys.check(secret, scope, datetime.now(UTC))
-            async with db.transaction() as tx:
-                if await tx.first_time(consumer, message.uuid(caller.tenant)):
-                    await handler(message, caller, tx)
+            try:
+                secret = secret_of(message.authorization, None)
+                if not secret:
+                    raise Unauthenticated("no key: send the header authorization: Bearer lp_…")
+                caller = keys.check(secret, scope, datetime.now(UTC))
+                async with db.transaction() as tx:
+                    if await tx.first_time(consumer, message.uuid(caller.tenant)):
+                        await handler(message, caller, tx)
+            except Denied as error:
+                keys.journal.refused(error, "kafka", topic)
+                raise
             if after:
                 after()
 

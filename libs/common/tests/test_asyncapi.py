@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema_rs
 import pytest
-from lepton_common.asyncapi import ASKED, document
+from lepton_common.asyncapi import ANSWERED, ASKED, document
 from lepton_common.events import types
 from lepton_common.topics import FOREIGN
 
@@ -18,6 +18,7 @@ OFFICIAL = json.loads(gzip.decompress((Path(__file__).parent / "asyncapi" / "3.0
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.json"))
 
 DOCUMENT = document()
+INPUT = {"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [0.5]}
 
 
 def payload(name: str) -> jsonschema_rs.Validator:
@@ -42,7 +43,7 @@ def test_it_is_valid_by_the_official_schema_which_notices_mistakes() -> None:
 
 def test_every_event_and_everything_that_may_be_asked_for_is_in_it_once() -> None:
     told = [name for channel in DOCUMENT["channels"].values() for name in channel["messages"]]
-    assert sorted(told) == sorted(each.__name__ for each in (*types(), *ASKED.values()))
+    assert sorted(told) == sorted(each.__name__ for each in (*types(), *ASKED.values(), *ANSWERED))
     assert ASKED.keys() == {topic.name for topic in FOREIGN}
 
 
@@ -65,6 +66,10 @@ def test_golden_events_are_as_the_document_says(path: Path) -> None:
         ("Label", {"request": "r1", "label": "fraud"}, True),
         ("Label", {"key": "k", "label": [1, 0.5, True]}, True),
         ("Label", {"request": "r1", "label": {"a": 1}}, False),
+        ("InferenceRequest", {"model": "digits", "inputs": [INPUT], "timeout_ms": 500, "ordered": True}, True),
+        ("InferenceRequest", {"inputs": [INPUT]}, False),
+        ("InferenceAnswered", {"model_name": "digits", "outputs": [INPUT]}, True),
+        ("InferenceFailed", {"error": "no model 'digits'"}, True),
     ],
 )
 def test_what_may_be_asked_for_is_as_the_document_says(name: str, data: dict[str, Any], is_valid: bool) -> None:
