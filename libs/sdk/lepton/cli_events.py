@@ -27,7 +27,7 @@ _MOST_CHARS = 300
 def tail(
     topic: Annotated[
         list[str] | None,
-        typer.Option(help="Repeat for more. Default: all but dead letters and what speaks every second."),
+        typer.Option(help="Repeat for more. Default: all but dead letters and what speaks all the time."),
     ] = None,
     kind: Annotated[
         str | None, typer.Option("--type", help="Only events of this type, such as TrafficShifted.")

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from confluent_kafka import Consumer, Producer
 
 DEAD = ".dlq"
-# They speak every second.
-LOUD = frozenset({"lepton.telemetry", "lepton.windows"})
+# They speak all the time.
+LOUD = frozenset({"lepton.telemetry", "lepton.windows", "lepton.inference.requests", "lepton.inference.results"})
 _SECRET_HEADERS = frozenset({"authorization", "ce_authorization", "proxy-authorization", "x-api-key", "cookie"})
 _KEYS = re.compile(r"lp_[A-Za-z0-9_-]{20,}")
 _TIMEOUT_S = 10.0

@@ -19,7 +19,7 @@ from lepton_common.db import Database
 from lepton_common.etcd import EtcdClient
 from lepton_common.events import Batching
 from lepton_common.records import Scope
-from lepton_common.types import ModelRef, VersionRef
+from lepton_common.types import VersionRef
 from lepton_common.web import caller
 from pydantic import BaseModel
 
