@@ -58,7 +58,7 @@ SERVICES = {
         "PUT /v1/serving/{model}/cache",
         "DELETE /v1/serving/{model}/cache",
     },
-    "monitor": {"GET /v1/windows", "POST /v1/windows/counters"},
+    "monitor": {"GET /v1/windows", "POST /v1/windows/counters", "GET /v1/labels"},
 }
 OPERATIONS = [(service, label) for service, labels in SERVICES.items() for label in sorted(labels)]
 

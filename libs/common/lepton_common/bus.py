@@ -5,6 +5,7 @@ from typing import Protocol, TypeVar
 
 from lepton_common.envelope import Message
 from lepton_common.events import Event
+from lepton_common.foreign import Message as ForeignMessage
 
 E = TypeVar("E", bound=Event)
 
@@ -14,6 +15,9 @@ class Bus(Protocol):
 
     def subscribe(self, kind: type[E], handler: Callable[[E], Awaitable[None]]) -> None:
         """`handler` gets every event of that kind, from the oldest kept. To be called before `run`."""
+
+    def hear(self, topic: str, handler: Callable[[ForeignMessage], Awaitable[None]]) -> None:
+        """`handler` gets every message that producers who know nothing of Lepton write to the topic. Before `run`."""
 
     async def run(self) -> None:
         """Delivers for ever. Cancelling it is safe at any instant: what was not handled is delivered again."""

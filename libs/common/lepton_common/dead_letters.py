@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 
+from lepton_common.foreign import without_secrets
+
 PREFIX = "lepton-dlq-"
 _MAX_ERROR_BYTES = 1024
+_KEYS = re.compile(rb"lp_[A-Za-z0-9_-]{20,}")
 _SECRETS = re.compile(r"lp_[A-Za-z0-9_-]+|(?<=://)[^/@\s]+(?=@)|(?i:(?<=bearer )|(?<=password=))\S+")
 
 
 class Reason(StrEnum):
     UNDECODABLE = "undecodable"  # no event can be read from it
+    FORBIDDEN = "forbidden"  # its key is missing, unknown, or does not allow what it asks for
     FAILED = "failed"  # the handler says that trying again is no use
     EXHAUSTED = "exhausted"  # tried again and again while others succeeded
 
@@ -39,7 +43,7 @@ class Origin:
 
 
 def headers(original: Sequence[tuple[str, bytes]], origin: Origin, failure: Failure) -> list[tuple[str, bytes]]:
-    """The message's own headers, then the story of its failure. After a replay only the latest failure is told."""
+    """The message's own headers but secrets, then the story of its failure: after a replay, of the latest only."""
     story = {
         "reason": failure.reason.value,
         "error": redacted(failure.error),
@@ -50,8 +54,16 @@ def headers(original: Sequence[tuple[str, bytes]], origin: Origin, failure: Fail
         "offset": str(origin.offset),
         "consumer": origin.consumer,
     }
-    kept = [(name, value) for name, value in original if not name.startswith(PREFIX)]
+    secret = {name.lower() for name, _ in original} - {name.lower() for name, _ in without_secrets(original)}
+    if secret:
+        story["without"] = ", ".join(sorted(secret))
+    kept = [(name, without_keys(value)) for name, value in without_secrets(original) if not name.startswith(PREFIX)]
     return [*kept, *((PREFIX + name, value.encode()) for name, value in story.items())]
+
+
+def without_keys(value: bytes) -> bytes:
+    """The bytes as they came, but for API keys that somebody wrote in the wrong place."""
+    return _KEYS.sub(b"[redacted]", value)
 
 
 def redacted(error: BaseException) -> str:

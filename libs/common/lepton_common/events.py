@@ -59,7 +59,11 @@ class Batching(BaseModel):
 
 
 class VersionRegistered(ModelEvent):
-    """A validated version exists. It carries what a worker needs to run it, so that nobody has to ask the registry."""
+    """A validated version exists. It carries what a worker needs to run it, so that nobody has to ask the registry.
+
+    With `deploy` a model's first version goes live by itself, and with `rollout` any does: by `policy` if there is one,
+    else by the model's own, else at once.
+    """
 
     version: int
     sha256: str
@@ -67,7 +71,30 @@ class VersionRegistered(ModelEvent):
     format: str = "onnx"
     batching: Batching = Batching()
     deploy: bool = True
+    rollout: bool = False
+    policy: dict[str, Any] | None = None
     actor: str = ""
+
+
+class IngestEvent(ModelEvent):
+    """What came of a message on `lepton.ingest`: `request` is its id, `source` its CloudEvents source."""
+
+    request: str
+    source: str = ""
+
+
+class IngestFinished(IngestEvent):
+    """The bytes are that version of the model; not `is_new`: they were before."""
+
+    version: int
+    sha256: str
+    is_new: bool
+
+
+class IngestFailed(IngestEvent):
+    """The bytes did not become a version. `reason` says why, for whoever sent the message."""
+
+    reason: str
 
 
 class VersionPromoted(ModelEvent):
@@ -336,6 +363,8 @@ _TYPES: dict[str, type[Event]] = {
     for kind in (
         ModelCreated,
         VersionRegistered,
+        IngestFinished,
+        IngestFailed,
         VersionPromoted,
         TenantCreated,
         KeyCreated,

@@ -8,7 +8,9 @@ import binascii
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, TypeVar
+from uuid import UUID, uuid5
 
 import orjson
 from pydantic import BaseModel, ValidationError
@@ -35,6 +37,8 @@ _TEXT = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,1024}")
 _MOST_ID_CHARS = 256
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
+_NAMESPACE = UUID("5f6c3a52-8f0e-4c53-9c0e-0d9f3b1f7f0a")
+
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -42,7 +46,8 @@ M = TypeVar("M", bound=BaseModel)
 class Message:
     """A foreign message. `kind` is its CloudEvents type and `attributes` are all of those; plain JSON has none.
 
-    `id` is None when the producer gave none. `headers` are the other headers, by their names in lower case.
+    `id` is None when the producer gave none; the bus then names it by its place. `headers` are the other headers, by
+    their names in lower case. `at` is the CloudEvents time; the bus puts the broker's where there is none.
     """
 
     id: str | None
@@ -54,6 +59,11 @@ class Message:
     data: bytes = field(repr=False)
     authorization: bytes | None = field(repr=False)
     traceparent: str | None
+    at: datetime | None = None
+
+    def uuid(self, tenant: str) -> UUID:
+        """The same for every repeat of the message, and for no other: CloudEvents are one by source and id."""
+        return uuid5(_NAMESPACE, f"{tenant}\n{self.source}\n{self.id}")
 
     def parse(self, shape: type[M]) -> M:
         """The data as that shape. Raises Invalid that names the field, and never repeats what was sent."""
@@ -102,6 +112,7 @@ def read(
         data=data,
         authorization=authorization,
         traceparent=_traceparent(given.get("traceparent"), attributes),
+        at=_time(attributes.get("time")),
     )
 
 
@@ -184,6 +195,18 @@ def _traceparent(header: bytes | None, attributes: Mapping[str, str]) -> str | N
     """The W3C trace context. One that is none is no reason to refuse the message."""
     told = (header or b"").decode("latin-1") or attributes.get("traceparent", "")
     return told if _TRACEPARENT.fullmatch(told) else None
+
+
+def _time(text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        time = None
+    if time is None or time.tzinfo is None:
+        raise Invalid("time: expected an RFC 3339 time with its offset, such as 2026-11-27T10:00:00Z")
+    return time
 
 
 def _text(name: str, value: bytes) -> str:

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,12 +16,13 @@ from aiokafka.errors import KafkaError
 from opentelemetry.trace import SpanKind
 from prometheus_client import Counter, Gauge
 
-from lepton_common import dead_letters, envelope
+from lepton_common import dead_letters, envelope, foreign
 from lepton_common.bus import E
 from lepton_common.dead_letters import Failure, Origin, Reason
 from lepton_common.envelope import Message
-from lepton_common.errors import Invalid, LeptonError, Unavailable
+from lepton_common.errors import Forbidden, Invalid, LeptonError, Unauthenticated, Unavailable
 from lepton_common.events import Event
+from lepton_common.foreign import Message as ForeignMessage
 from lepton_common.kafka_client import Bootstrap, Producer, Record, new_consumer, stop_consumer
 from lepton_common.kafka_lanes import Lanes
 from lepton_common.telemetry import Telemetry, extract_kafka
@@ -62,6 +64,7 @@ class KafkaBus:
         self._producer = Producer(self._bootstrap, f"lepton-{group}")
         self._undertaker = Producer(self._bootstrap, f"lepton-{group}-dead-letters")
         self._handlers: dict[str, tuple[type[Event], Handler]] = {}
+        self._foreign: dict[str, Handler] = {}
         self._handled = 0
         self._undeliverable = 0
         self._deliverable = asyncio.Event()
@@ -82,6 +85,12 @@ class KafkaBus:
         if kind.__name__ in self._handlers:
             raise ValueError(f"{kind.__name__} has a handler already")
         self._handlers[kind.__name__] = (kind, handler)
+
+    def hear(self, topic: str, handler: Callable[[ForeignMessage], Awaitable[None]]) -> None:
+        """See `Bus`."""
+        if topic in self._foreign:
+            raise ValueError(f"{topic} has a handler already")
+        self._foreign[topic] = handler
 
     async def send(self, messages: Sequence[Message]) -> None:
         """See `Bus`."""
@@ -105,7 +114,8 @@ class KafkaBus:
         """One consumer's life. Ends by raising."""
         consumer = self._new_consumer()
         lanes = Lanes(consumer, self._handle)
-        consumer.subscribe(sorted({kind.topic for kind, _ in self._handlers.values()}), listener=lanes)
+        topics = {kind.topic for kind, _ in self._handlers.values()} | self._foreign.keys()
+        consumer.subscribe(sorted(topics), listener=lanes)
         tasks: set[asyncio.Task[None]] = set()
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
@@ -155,6 +165,9 @@ class KafkaBus:
         """The event took effect, or is a dead letter, or is none of ours."""
         # Kafka allows a header without a value.
         pairs = [(name, value or b"") for name, value in record.headers]
+        if record.topic in self._foreign:
+            await self._handle_foreign(record, pairs)
+            return
         headers = {name: value.decode(errors="replace") for name, value in pairs}
         kind, handler = "unknown", None
         try:
@@ -165,8 +178,7 @@ class KafkaBus:
             _, handler = self._handlers[kind]
             event = envelope.decode(headers, record.value)
         except Invalid as error:
-            failure = Failure(Reason.UNDECODABLE, error, 1, datetime.now(UTC))
-            await self._bury(record, kind if handler else "unknown", failure)
+            await self._bury(record, kind if handler else "unknown", _at_once(error))
             return
         context = extract_kafka(pairs)
         with (
@@ -175,7 +187,25 @@ class KafkaBus:
         ):
             await self._deliver(record, kind, event, handler)
 
-    async def _deliver(self, record: ConsumerRecord, kind: str, event: Event, handler: Handler) -> None:
+    async def _handle_foreign(self, record: ConsumerRecord, headers: Sequence[tuple[str, bytes]]) -> None:
+        place = f"{record.topic}/{record.partition}/{record.offset}"
+        try:
+            message = foreign.read(headers, record.value)
+        except Invalid as error:
+            await self._bury(record, record.topic, _at_once(error))
+            return
+        stored_at = datetime.fromtimestamp(record.timestamp / 1000, UTC)
+        message = replace(message, id=message.id or place, at=message.at or stored_at)
+        context = extract_kafka([("traceparent", (message.traceparent or "").encode())])
+        with (
+            structlog.contextvars.bound_contextvars(message_id=message.id, place=place),
+            self._telemetry.tracer.start_as_current_span(f"handle {record.topic}", context, kind=SpanKind.CONSUMER),
+        ):
+            await self._deliver(record, record.topic, message, self._foreign[record.topic])
+
+    async def _deliver(
+        self, record: ConsumerRecord, kind: str, event: Event | ForeignMessage, handler: Handler
+    ) -> None:
         began, first_failure = time.monotonic(), None
         handled, tries, against = self._handled, 0, 0
 
@@ -194,8 +224,8 @@ class KafkaBus:
                 with attempt:
                     await handler(event)
         except Exception as error:  # Whatever it is, its neighbours flow on.
-            reason = Reason.EXHAUSTED if _retryable(error) else Reason.FAILED
-            await self._bury(record, kind, Failure(reason, error, tries, first_failure or datetime.now(UTC)))
+            failure = Failure(_reason(error, event), error, tries, first_failure or datetime.now(UTC))
+            await self._bury(record, kind, failure)
         else:
             self._handled += 1
             self._outcomes.labels(kind, "handled").inc()
@@ -203,8 +233,10 @@ class KafkaBus:
     async def _bury(self, record: ConsumerRecord, kind: str, failure: Failure) -> None:
         """The record is among the dead letters. Until it is, nothing more is read: better late than lost."""
         origin = Origin(record.topic, record.partition, record.offset, self._group)
-        headers = dead_letters.headers(record.headers, origin, failure)
-        letter = Record(dead_letter_topic(record.topic), record.key, record.value, headers)
+        pairs = [(name, value or b"") for name, value in record.headers]
+        headers = dead_letters.headers(pairs, origin, failure)
+        value = record.value and dead_letters.without_keys(record.value)
+        letter = Record(dead_letter_topic(record.topic), record.key, value, headers)
         _log.error("dead letter", type=kind, reason=failure.reason.value, origin=str(origin), exc_info=failure.error)
         self._undeliverable += 1
         try:
@@ -224,6 +256,22 @@ class KafkaBus:
 
 def _retryable(error: Exception) -> bool:
     return isinstance(error, LeptonError) and error.retryable
+
+
+def _at_once(error: Exception) -> Failure:
+    return Failure(Reason.UNDECODABLE, error, 1, datetime.now(UTC))
+
+
+def _reason(error: Exception, event: Event | ForeignMessage) -> Reason:
+    match error:
+        case _ if _retryable(error):
+            return Reason.EXHAUSTED
+        case Unauthenticated() | Forbidden():
+            return Reason.FORBIDDEN
+        case Invalid() if isinstance(event, ForeignMessage):
+            return Reason.UNDECODABLE
+        case _:
+            return Reason.FAILED
 
 
 def _record(message: Message) -> Record:

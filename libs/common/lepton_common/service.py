@@ -4,6 +4,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -12,11 +13,14 @@ import structlog
 import uvloop
 from prometheus_client import Counter
 
+from lepton_common.auth import Caller, Keys, secret_of
 from lepton_common.bus import Bus
-from lepton_common.errors import Unavailable
+from lepton_common.errors import Denied, Unauthenticated, Unavailable
 from lepton_common.events import Event
+from lepton_common.foreign import Message
 from lepton_common.health import Check, Readiness
 from lepton_common.outbox import Relay
+from lepton_common.records import Scope
 from lepton_common.settings import Settings
 from lepton_common.telemetry import Telemetry
 
@@ -106,6 +110,42 @@ class Service:
                 after()
 
         self._bus.subscribe(kind, handle)
+        self._hears = True
+
+    def hear(
+        self,
+        topic: str,
+        keys: Keys,
+        scope: Scope,
+        handler: "Callable[[Message, Caller, Tx], Awaitable[None]]",
+        *,
+        after: Callable[[], None] | None = None,
+    ) -> None:
+        """Each message that foreign producers write to the topic takes effect once, if its key has the scope.
+
+        As `decide`; what the handler raises for good, and a key that does not allow it, makes a dead letter of it.
+        """
+        if self._db is None or self._bus is None:
+            raise ValueError(f"{self.name} cannot hear {topic}: it has no database or no bus")
+        # Its notes are of their own: who repeats a message may do so late.
+        db, consumer = self._db, f"{self.name} {topic}"
+
+        async def handle(message: Message) -> None:
+            try:
+                secret = secret_of(message.authorization, None)
+                if not secret:
+                    raise Unauthenticated("no key: send the header authorization: Bearer lp_…")
+                caller = keys.check(secret, scope, datetime.now(UTC))
+                async with db.transaction() as tx:
+                    if await tx.first_time(consumer, message.uuid(caller.tenant)):
+                        await handler(message, caller, tx)
+            except Denied as error:
+                keys.journal.refused(error, "kafka", topic)
+                raise
+            if after:
+                after()
+
+        self._bus.hear(topic, handle)
         self._hears = True
 
     def prepare(self, work: Work) -> None:

@@ -40,13 +40,18 @@ _EVENTS = (
 REQUESTS = Topic("lepton.inference.requests", retention_days=7, partitions=12, max_message_bytes=8 * 1024 * 1024)
 RESULTS = Topic("lepton.inference.results", retention_days=7, partitions=12, max_message_bytes=8 * 1024 * 1024)
 
+# What producers who know nothing of Lepton write to: see `foreign.py`.
+INGEST = Topic("lepton.ingest", retention_days=30)
+LABELS = Topic("lepton.labels", retention_days=30)
+FOREIGN = (REQUESTS, INGEST, LABELS)
+
 # A dead letter is the whole message and the reason, so it may be larger than any message.
 TOPICS = (
     *_EVENTS,
-    REQUESTS,
+    *FOREIGN,
     RESULTS,
     *(
         Topic(dead_letters(each.name), retention_days=30, max_message_bytes=2 * each.max_message_bytes)
-        for each in (*_EVENTS, REQUESTS)
+        for each in (*_EVENTS, *FOREIGN)
     ),
 )

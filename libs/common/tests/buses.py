@@ -80,10 +80,10 @@ async def running_bus(
         telemetry.close()
 
 
-async def dead_letters(broker: str, count: int) -> list[ConsumerRecord]:
+async def dead_letters(broker: str, count: int, topic: str = DEAD) -> list[ConsumerRecord]:
     """The first `count` dead letters."""
     consumer = AIOKafkaConsumer(
-        DEAD, bootstrap_servers=Bootstrap.parse(broker).servers, auto_offset_reset="earliest", fetch_max_wait_ms=10
+        topic, bootstrap_servers=Bootstrap.parse(broker).servers, auto_offset_reset="earliest", fetch_max_wait_ms=10
     )
     await consumer.start()
     try:

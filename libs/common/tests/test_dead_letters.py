@@ -34,6 +34,12 @@ def test_a_second_failure_replaces_the_story_of_the_first() -> None:
     assert dict(second)["lepton-dlq-error"] == b"ValueError: second"
 
 
+def test_the_key_a_message_came_with_is_not_kept_but_that_it_had_one() -> None:
+    told = headers([("Authorization", b"Bearer SECRET"), ("ce_id", b"1")], ORIGIN, failure(ValueError("why")))
+    assert dict(told)["lepton-dlq-without"] == b"authorization"
+    assert b"SECRET" not in b"".join(value for _, value in told)
+
+
 @pytest.mark.parametrize(
     "text",
     [

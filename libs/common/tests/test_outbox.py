@@ -17,6 +17,7 @@ from lepton_common.db import Database, Tx, create_shared_tables
 from lepton_common.envelope import Message, decode
 from lepton_common.errors import Unavailable
 from lepton_common.events import Event, VersionPromoted
+from lepton_common.foreign import Message as ForeignMessage
 from lepton_common.outbox import BATCH, Relay
 from lepton_common.service import Service
 from lepton_common.settings import Settings
@@ -94,6 +95,8 @@ class Listener:
 
     def subscribe(self, kind: type[Any], handler: Callable[[Any], Awaitable[None]]) -> None:
         self.deliver = handler
+
+    def hear(self, topic: str, handler: Callable[[ForeignMessage], Awaitable[None]]) -> None: ...
 
     async def run(self) -> None: ...
 

@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lepton import cli_batch, cli_keys, cli_mesh, cli_models, cli_platform, cli_policies, cli_rollouts, render
+from lepton import (
+    cli_batch,
+    cli_events,
+    cli_keys,
+    cli_mesh,
+    cli_models,
+    cli_platform,
+    cli_policies,
+    cli_rollouts,
+    render,
+)
 from lepton.errors import Forbidden, LeptonError, NotFound, Unauthenticated, Unavailable, Unreachable
 
 # The first matching kind wins, so the narrower ones stand first; any other error is 1, wrong usage is 2.
@@ -74,6 +84,12 @@ app.add_typer(
 )
 app.add_typer(
     cli_mesh.commands, name="mesh", help="Look at the mesh, or move traffic by hand.", rich_help_panel=_TRAFFIC
+)
+app.add_typer(
+    cli_events.commands,
+    name="events",
+    help="Follow what the platform tells on Kafka; look at dead letters and replay them.",
+    rich_help_panel="Events",
 )
 _ACCESS = "Access"
 app.add_typer(cli_keys.commands, name="keys", help="Make, list, rotate and revoke API keys.", rich_help_panel=_ACCESS)

@@ -122,7 +122,7 @@ def _front() -> dict[str, Any]:
         _route("/v2", "gateway", repeatable=True),
         *(_route(f"/{name}", "gateway-grpc", repeatable=True) for name in _GRPC_SERVICES),
         *(_route(f"/v1/{noun}", "rollout") for noun in ("rollouts", "serving", "policies", "mesh")),
-        _route("/v1/windows", "monitor"),
+        *(_route(f"/v1/{noun}", "monitor") for noun in ("windows", "labels")),
         _route("/v1", "registry"),
         {
             "match": {"prefix": "/"},

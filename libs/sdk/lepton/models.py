@@ -246,6 +246,20 @@ class TimelineEntry(Response):
     evidence: dict[str, JsonValue]
 
 
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+class Label(Response):
+    """What was right for a request, or for all requests of one key, as somebody told it over Kafka."""
+
+    id: UUID
+    at: datetime
+    request: str | None = None
+    key: str | None = None
+    model: str | None = None
+    label: JsonValue
+
+
 # --- what is served ---------------------------------------------------------------------------------------------------
 
 

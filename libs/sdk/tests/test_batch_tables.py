@@ -29,7 +29,11 @@ TABLE = pa.table(
 def test_each_input_is_the_column_of_its_name() -> None:
     arrays = plan(TABLE.schema, [X, AGE, TEXT], [], 256).arrays(TABLE)
     np.testing.assert_array_equal(arrays["x"], np.array([[1, 2, 3], [4, 5, 6]], np.float32))
-    assert (arrays["x"].dtype, arrays["age"].tolist(), arrays["text"].tolist()) == (np.float32, [1, 2], [["é"], ["b"]])
+    assert (arrays["x"].dtype, arrays["age"].tolist(), arrays["text"].tolist()) == (
+        np.dtype(np.float32),
+        [1, 2],
+        [["é"], ["b"]],
+    )
 
 
 def test_a_model_of_one_input_takes_the_chosen_columns_side_by_side() -> None:

@@ -106,7 +106,7 @@ class AsyncInference:
             began = time.time()
             answer = await self._answer(wanted)
             if answer.status in (401, 403):
-                refused = Failure(Reason.FAILED, Forbidden(answer.error), 1, datetime.now(UTC))
+                refused = Failure(Reason.FORBIDDEN, Forbidden(answer.error), 1, datetime.now(UTC))
                 await self._bury(asked, refused)
                 return
             record = outcome_of(wanted, asked, answer, began, time.time())
@@ -164,9 +164,10 @@ class AsyncInference:
 
     async def _bury(self, asked: Asked, failure: Failure) -> None:
         origin = Origin(asked.topic, asked.partition, asked.offset, GROUP)
-        headers = dead_letters.headers(foreign.without_secrets(asked.headers), origin, failure)
+        headers = dead_letters.headers(asked.headers, origin, failure)
+        value = asked.value and dead_letters.without_keys(asked.value)
         _log.warning("dead letter", reason=failure.reason.value, origin=str(origin), error=str(failure.error))
-        await self._store(Record(dead_letter_topic(asked.topic), asked.key, asked.value, headers))
+        await self._store(Record(dead_letter_topic(asked.topic), asked.key, value, headers))
         self._outcomes.labels("dead").inc()
 
     async def _store(self, record: Record) -> None:

@@ -1,19 +1,25 @@
-"""What monitor does when a gateway told of a second."""
+"""What monitor does when a gateway told of a second, and when anybody tells what would have been right."""
 
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 
+from lepton_common import asked
+from lepton_common.auth import Caller, forbidden
 from lepton_common.db import Tx
 from lepton_common.errors import Invalid
 from lepton_common.events import InferenceWindow
+from lepton_common.foreign import Message
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from lepton_monitor import store
 from lepton_monitor.closing import Closing
 from lepton_monitor.domain import MARKER, Content, heard
+from lepton_monitor.partitions import ensure_partition
+from lepton_monitor.store_labels import Label, add_label
 
 # A gateway whose clock is further ahead would close its seconds for all others.
 _MOST_AHEAD_S = 5
+_MOST_AHEAD_OF_A_LABEL = timedelta(minutes=5)
 
 
 class Measures:
@@ -65,3 +71,24 @@ async def _note_late(event: InferenceWindow, content: Content, tx: Tx, measures:
     if known is None or known.requests < content.requests:
         await store.add_late(tx, event.ref, event.second)
         measures.late.inc()
+
+
+async def on_label(message: Message, caller: Caller, tx: Tx, *, kept: timedelta, now: Callable[[], datetime]) -> None:
+    """Decide: the label is kept, once.
+
+    Raises Invalid for one of the future, or of a time that is not kept any more, and Forbidden for one of a model that
+    the key is not for.
+    """
+    told = message.parse(asked.Label)
+    if told.model is not None:
+        caller.ref(told.model)
+    elif caller.models:
+        raise forbidden(caller, "model: this API key is for some models only, so the label has to name one of them")
+    at = told.at or message.at or now()
+    if at > now() + _MOST_AHEAD_OF_A_LABEL:
+        raise Invalid("at: it is ahead of this machine's clock by more than five minutes")
+    if at < now() - kept:
+        raise Invalid(f"at: labels are kept for {kept.days} days, and this one is older")
+    label = Label(message.uuid(caller.tenant), at, told.label, told.request, told.key, told.model)
+    await ensure_partition(tx, "labels", int(at.timestamp()))
+    await add_label(tx, caller.tenant, label)

@@ -1,11 +1,11 @@
 """monitor measures live traffic: it merges what the gateways saw of a second, closes it once, and keeps the history.
 
-hears: InferenceWindow (gateway, and itself: the marker of a second's end)
+hears: InferenceWindow (gateway, and itself: the marker of a second's end); lepton.labels (any producer)
 says:  WindowClosed
-owns:  schema monitor: tables inputs, models, seconds and minutes
+owns:  schema monitor: tables inputs, models, seconds, minutes and labels
 """
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 
 from lepton_common.access import guard
@@ -15,13 +15,15 @@ from lepton_common.etcd import EtcdClient
 from lepton_common.events import InferenceWindow
 from lepton_common.kafka import KafkaBus
 from lepton_common.kafka_client import ensure_topics
+from lepton_common.records import Scope
 from lepton_common.service import Service, run
 from lepton_common.telemetry import Telemetry, configure
+from lepton_common.topics import LABELS
 from lepton_common.web import create_app
 
-from lepton_monitor import api
+from lepton_monitor import api, api_labels
 from lepton_monitor.closing import Closing
-from lepton_monitor.handlers import Measures, on_inference_window
+from lepton_monitor.handlers import Measures, on_inference_window, on_label
 from lepton_monitor.runner import History, Marking
 from lepton_monitor.settings import Settings
 
@@ -33,7 +35,8 @@ _AGAIN_S = 1.0
 def build(settings: Settings, telemetry: Telemetry, db: Database, etcd: EtcdClient, bus: Bus) -> Service:
     """The whole service. Its replicas share the work."""
     closing, measures = Closing(), Measures(telemetry.registry)
-    history = History(db, closing, settings.seconds_kept_s, settings.minutes_kept_days, _now)
+    history = History(db, closing, settings.kept_s, _now)
+    kept = timedelta(days=settings.labels_kept_days)
 
     service = Service("monitor", settings, telemetry, db=db, bus=bus)
     service.on_close(etcd.close)
@@ -45,9 +48,11 @@ def build(settings: Settings, telemetry: Telemetry, db: Database, etcd: EtcdClie
     service.every(_KEEP_HISTORY_S, history.keep)
     service.every(_AGAIN_S, Marking(db, bus, _now).run)
     service.decide(InferenceWindow, partial(on_inference_window, closing=closing, measures=measures, now=_now))
+    service.hear(LABELS.name, keys, Scope.INFER, partial(on_label, kept=kept, now=_now))
 
     app = create_app(service, keys)
     app.include_router(api.router(db, _now))
+    app.include_router(api_labels.router(db))
     service.web(app)
     return service
 

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from lepton_common.db import Tx
 
 # Seconds that one partition spans, by table.
-SPANS: Mapping[str, int] = MappingProxyType({"seconds": 600, "minutes": 86_400})
+SPANS: Mapping[str, int] = MappingProxyType({"seconds": 600, "minutes": 86_400, "labels": 86_400})
 
 
 def partition_of(table: str, second: int) -> int:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 
@@ -81,12 +81,11 @@ class Marking:
 class History:
     """Keeps the history: partitions ahead, minutes from seconds, and nothing older than it has to be."""
 
-    def __init__(
-        self, db: Database, closing: Closing, seconds_kept_s: int, minutes_kept_days: int, now: Callable[[], datetime]
-    ) -> None:
+    def __init__(self, db: Database, closing: Closing, kept_s: Mapping[str, int], now: Callable[[], datetime]) -> None:
+        """`kept_s` are the seconds that each partitioned table goes back."""
         self._db = db
         self._closing = closing
-        self._kept_s = {"seconds": seconds_kept_s, "minutes": minutes_kept_days * 86_400}
+        self._kept_s = kept_s
         self._now = now
 
     async def keep(self) -> None:

@@ -188,7 +188,7 @@ async def remove_inputs(tx: Tx, before: datetime) -> None:
         {"before": before},
     )
     # Longer than an event that was handled may be delivered again. After that, a window of a closed second is late.
-    await tx.execute("DELETE FROM handled WHERE at < :before", {"before": before})
+    await tx.execute("DELETE FROM handled WHERE consumer = 'monitor' AND at < :before", {"before": before})
 
 
 # --- history ----------------------------------------------------------------------------------------------------------

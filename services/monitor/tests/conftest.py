@@ -10,6 +10,7 @@ import pytest
 from lepton.processes import free_port
 from lepton.servers import Etcd
 from lepton_common.auth import new_secret
+from lepton_common.bus import Bus
 from lepton_common.db import Database, migrate
 from lepton_common.etcd import EtcdClient
 from lepton_common.records import KEYS, KeyRecord, Scope
@@ -18,7 +19,7 @@ from lepton_monitor.main import build
 from lepton_monitor.settings import Settings
 
 from .lab import Lab
-from .stand_ins import START, Clock, LoopBus
+from .stand_ins import START, Clock
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ async def key(etcd: EtcdClient, *scopes: Scope, tenant: str = "default") -> str:
 
 
 @asynccontextmanager
-async def serving(settings: Settings, bus: LoopBus) -> AsyncIterator[None]:
+async def serving(settings: Settings, bus: Bus) -> AsyncIterator[None]:
     """A replica of the service runs, ready, for as long as the block."""
     telemetry = configure("monitor", settings)
     db, etcd = Database(settings.postgres_dsn, "monitor"), EtcdClient(settings.etcd)

@@ -21,7 +21,7 @@ class Lab:
         self.bus = LoopBus()
         self.registry = CollectorRegistry()
         closing = Closing()
-        self.history = History(db, closing, 3600, 30, clock)
+        self.history = History(db, closing, {"seconds": 3600, "minutes": 30 * 86_400, "labels": 90 * 86_400}, clock)
         self.marking = Marking(db, self.bus, clock)
         self._handle = partial(on_inference_window, closing=closing, measures=Measures(self.registry), now=clock)
 

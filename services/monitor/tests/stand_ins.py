@@ -8,6 +8,7 @@ from typing import Any
 from lepton_common.bus import E
 from lepton_common.envelope import Message
 from lepton_common.events import Event, InferenceWindow, ShadowWindow, VersionWindow, WindowClosed, decode
+from lepton_common.foreign import Message as ForeignMessage
 from lepton_common.sketch import bucket_of
 
 # Some minute's first second, far enough back that it is never ahead of the machine's clock.
@@ -63,6 +64,9 @@ class LoopBus:
 
     def subscribe(self, kind: type[E], handler: Callable[[E], Awaitable[None]]) -> None:
         self._handlers[kind] = handler
+
+    def hear(self, topic: str, handler: Callable[[ForeignMessage], Awaitable[None]]) -> None:
+        self.hand_over = handler
 
     async def run(self) -> None:
         while True:

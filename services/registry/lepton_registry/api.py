@@ -15,17 +15,17 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from lepton import models as shapes
 from lepton_common.auth import Caller
 from lepton_common.blobs import Blobs
-from lepton_common.db import Database, Tx
+from lepton_common.db import Database
 from lepton_common.etcd import EtcdClient
-from lepton_common.events import Batching, ModelCreated
+from lepton_common.events import Batching
 from lepton_common.records import Scope
-from lepton_common.types import ModelRef, VersionRef
+from lepton_common.types import VersionRef
 from lepton_common.web import caller
 from pydantic import BaseModel
 
 from lepton_registry import store
-from lepton_registry.domain import Push, Version, next_version, registered
-from lepton_registry.inspector import Inspector
+from lepton_registry.domain import Push
+from lepton_registry.pushes import Intake, register
 from lepton_registry.uploads import Staging
 
 router = APIRouter(prefix="/v1")
@@ -48,7 +48,7 @@ class Parts:
     etcd: EtcdClient
     blobs: Blobs
     staging: Staging
-    inspector: Inspector
+    intake: Intake
 
 
 def _parts(request: Request) -> Parts:
@@ -93,26 +93,13 @@ async def register_version(
         labels=new.labels,
         actor=by.name,
         at=datetime.now(UTC),
+        deploy=new.deploy,
     )
     async with parts.db.transaction() as tx:
-        version, is_new = await _register(tx, by.ref(model), new.sha256, push, deploy=new.deploy)
+        version, is_new = await register(tx, by.ref(model), new.sha256, push)
     if not is_new:
         response.status_code = HTTPStatus.OK
     return shaped(shapes.Version, version)
-
-
-async def _register(tx: Tx, ref: ModelRef, sha256: str, push: Push, *, deploy: bool) -> tuple[Version, bool]:
-    artifact = await store.get_artifact(tx, ref.tenant, sha256)
-    is_new_model = await store.add_model(tx, ref, push.at)
-    model = await store.lock_model(tx, ref)
-    if known := await store.find_version_of(tx, ref, sha256):
-        return known, False
-    version = next_version(model, artifact, push)
-    await store.add_version(tx, version)
-    if is_new_model:
-        await tx.emit(ModelCreated(tenant=ref.tenant, model=ref.model, at=push.at))
-    await tx.emit(registered(version, deploy=deploy))
-    return version, True
 
 
 @router.get("/models/{model}/versions", tags=["models"])

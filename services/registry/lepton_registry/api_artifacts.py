@@ -1,6 +1,5 @@
 """What a caller may ask of the registry about artifacts: upload in one stream or in parts, look, download."""
 
-from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Annotated
 
@@ -8,13 +7,12 @@ from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import StreamingResponse
 from lepton import models as shapes
 from lepton_common.errors import Invalid, NotFound
-from lepton_common.signature import Signature
 from lepton_common.web import problem_of
 from starlette.requests import ClientDisconnect
 
 from lepton_registry import store
-from lepton_registry.api import Deployer, Parts, Reader, WithParts
-from lepton_registry.domain import ONNX, Artifact
+from lepton_registry.api import Deployer, Reader, WithParts
+from lepton_registry.domain import Artifact
 from lepton_registry.uploads import Part, Upload, WrongOffset
 
 PREFIX = "/v1/artifacts/"
@@ -57,14 +55,7 @@ async def upload_artifact(
             return answer
         if part and upload.size < part.total:
             return _unfinished(sha256, upload, part)
-        signature = await _verified(parts, sha256, upload)
-        await parts.blobs.put_file(upload.path, sha256)
-        artifact = Artifact(by.tenant, sha256, upload.size, ONNX, signature, datetime.now(UTC))
-        async with parts.db.transaction() as tx:
-            await store.get_tenant(tx, by.tenant)
-            is_new = await store.add_artifact(tx, artifact)
-            artifact = await store.get_artifact(tx, by.tenant, sha256)
-        await upload.discard()
+        artifact, is_new = await parts.intake.keep(upload, by.tenant, sha256)
     return _answer(HTTPStatus.CREATED if is_new else HTTPStatus.OK, _shape(artifact))
 
 
@@ -110,17 +101,6 @@ async def _receive(request: Request, upload: Upload, part: Part | None) -> None:
             await upload.receive(request.stream(), int(length) if length else None)
     except ClientDisconnect as error:
         raise Invalid("the upload was cut off") from error
-
-
-async def _verified(parts: Parts, sha256: str, upload: Upload) -> Signature:
-    """The signature of the model that was uploaded. What is not a model, or not the one announced, is thrown away."""
-    try:
-        if (actual := await upload.sha256()) != sha256:
-            raise Invalid(f"the bytes have the sha256 {actual}, not {sha256}")
-        return await parts.inspector.inspect(upload.path)
-    except Invalid:
-        await upload.discard()
-        raise
 
 
 def _unfinished(sha256: str, upload: Upload, part: Part) -> Response:

@@ -85,13 +85,16 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """What a caller says of a new version."""
+    """What a caller says of a new version; how it goes live, see VersionRegistered."""
 
     batching: Batching
     metrics: Mapping[str, float]
     labels: Mapping[str, str]
     actor: str
     at: datetime
+    deploy: bool = True
+    rollout: bool = False
+    policy: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +169,7 @@ def next_version(model: Model, artifact: Artifact, push: Push) -> Version:
     )
 
 
-def registered(version: Version, *, deploy: bool) -> VersionRegistered:
+def registered(version: Version, push: Push) -> VersionRegistered:
     """The event that tells of a new version."""
     return VersionRegistered(
         at=version.created_at,
@@ -177,7 +180,9 @@ def registered(version: Version, *, deploy: bool) -> VersionRegistered:
         size_bytes=version.size_bytes,
         format=version.format,
         batching=version.batching,
-        deploy=deploy,
+        deploy=push.deploy,
+        rollout=push.rollout,
+        policy=dict(push.policy) if push.policy is not None else None,
         actor=version.created_by,
     )
 

@@ -1,12 +1,22 @@
 """What the registry does when something happened: it tells it on the model's timeline, moves `production`, and knows
 when keys were used."""
 
+from datetime import datetime
+
+from lepton_common.asked import Ingest
+from lepton_common.auth import Caller
 from lepton_common.db import Tx
+from lepton_common.errors import Conflict
 from lepton_common.events import KeysUsed, ModelEvent, RolloutFinished, VersionPromoted
+from lepton_common.foreign import Message
 from lepton_common.types import VersionRef
 
-from lepton_registry import store
+from lepton_registry import store, store_ingests
 from lepton_registry.domain import PRODUCTION, VersionState, entry, state_after
+from lepton_registry.sources import Sources
+from lepton_registry.store_ingests import Waiting
+
+MOST_WAITING = 1000
 
 
 async def on_fact(event: ModelEvent, tx: Tx) -> None:
@@ -36,3 +46,31 @@ async def on_rollout_finished(event: RolloutFinished, tx: Tx) -> None:
 async def on_keys_used(event: KeysUsed, tx: Tx) -> None:
     """Decide: the keys' last uses are known."""
     await store.save_key_uses(tx, event.keys)
+
+
+async def on_ingest(message: Message, caller: Caller, tx: Tx, *, sources: Sources, at: datetime) -> None:
+    """Decide: the push is noted; the runner carries it out.
+
+    Raises Invalid for what cannot be read, Forbidden for a model that the key is not for and for a URI that the
+    operator does not allow, and Conflict for a tenant that has asked for very much already.
+    """
+    asked = message.parse(Ingest)
+    caller.ref(asked.model)
+    if asked.uri is not None:
+        sources.check(asked.uri)
+    await store.lock_tenant(tx, caller.tenant)
+    if await store_ingests.count_ingests(tx, caller.tenant) >= MOST_WAITING:
+        raise Conflict(f"tenant {caller.tenant!r} has {MOST_WAITING} pushes waiting: replay this one later")
+    await store_ingests.add_ingest(
+        tx,
+        Waiting(
+            id=message.uuid(caller.tenant),
+            tenant=caller.tenant,
+            request=str(message.id),
+            source=message.source,
+            asked=asked,
+            actor=caller.name,
+            traceparent=message.traceparent,
+            at=at,
+        ),
+    )

@@ -18,6 +18,7 @@ from lepton_common.db import Database
 from lepton_common.envelope import Message
 from lepton_common.etcd import EtcdClient
 from lepton_common.events import AccessEvent, Event, decode
+from lepton_common.foreign import Message as ForeignMessage
 from lepton_common.service import Service
 from lepton_common.telemetry import configure
 from lepton_registry.main import build
@@ -35,6 +36,8 @@ class RecordingBus:
         self.came = asyncio.Condition()
 
     def subscribe(self, kind: type[E], handler: Callable[[E], Awaitable[None]]) -> None: ...
+
+    def hear(self, topic: str, handler: Callable[[ForeignMessage], Awaitable[None]]) -> None: ...
 
     async def run(self) -> None:
         await asyncio.Event().wait()

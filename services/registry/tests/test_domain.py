@@ -45,10 +45,10 @@ SIGNATURE = Signature((TensorSpec("x", "FP32", (-1, 4)),), (TensorSpec("y", "FP3
 def test_versions_count_up_and_are_told_with_all_that_a_worker_needs() -> None:
     model = Model("acme", "digits", latest_version=2, aliases={}, created_at=NOW)
     artifact = Artifact("acme", SHA, 10, "onnx", SIGNATURE, NOW)
-    push = Push(Batching(max_rows=8), {"accuracy": 0.9}, {"team": "a"}, actor="ci", at=NOW)
+    push = Push(Batching(max_rows=8), {"accuracy": 0.9}, {"team": "a"}, actor="ci", at=NOW, deploy=False)
     version = next_version(model, artifact, push)
     assert (version.version, version.sha256, version.state) == (3, SHA, VersionState.REGISTERED)
-    told = registered(version, deploy=False)
+    told = registered(version, push)
     assert (told.version, told.sha256, told.size_bytes, told.format) == (3, SHA, 10, "onnx")
     assert (told.batching.max_rows, told.deploy, told.actor) == (8, False, "ci")
 

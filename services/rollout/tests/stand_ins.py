@@ -11,6 +11,7 @@ import httpx
 from lepton_common.envelope import Message
 from lepton_common.etcd import EtcdClient
 from lepton_common.events import Event
+from lepton_common.foreign import Message as ForeignMessage
 from lepton_common.mirror import Mirror
 from lepton_common.records import SERVING, WORKERS, Assigned, Loaded, LoadState, Serving, Share, WorkerState
 from lepton_common.types import ModelRef
@@ -238,6 +239,8 @@ class RecordingBus:
 
     def subscribe(self, kind: type[E], handler: Callable[[E], Awaitable[None]]) -> None:
         self._handlers[kind] = handler
+
+    def hear(self, topic: str, handler: Callable[[ForeignMessage], Awaitable[None]]) -> None: ...
 
     async def tell(self, event: Event) -> None:
         await self._handlers[type(event)](event)
