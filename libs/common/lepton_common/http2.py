@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lepton_common.http2_connection import Connection
-from lepton_common.http2_frames import Code, RequestHead, literal
+from lepton_common.http2_frames import Code
+from lepton_common.http2_headers import RequestHead, literal
 from lepton_common.http2_stream import Sink, Stream
 
 __all__ = ["Code", "Handler", "RequestHead", "Server", "ServerLimits", "Sink", "Stream", "literal"]
@@ -27,15 +28,21 @@ _SWEEP_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """What a peer may cost. Windows are in bytes: so much may be under way of one body, and of all of them."""
+    """What a peer may cost. Windows are in bytes: so much may be under way of one body, and of all of them.
+
+    Frames that carry nothing cost 1, what makes work or undoes it 8; of `max_cost` a tenth is forgiven every 0.1 s. A
+    gRPC client in a hurry pings once a round trip, and a proxy passes on what many callers give up at once.
+    """
 
     max_header_bytes: int = 32 << 10
     max_streams: int = 1024
     stream_window: int = 1 << 20
     connection_window: int = 8 << 20
-    max_cheap_frames: int = 1000  # in a tenth of a second
+    max_cost: int = 10_000
+    max_unsent_bytes: int = 1 << 30  # of answers that the server's peers together do not take
     header_timeout_s: float = 10.0
     body_timeout_s: float = 60.0
+    quiet_timeout_s: float = 60.0  # with requests open; then the peer is asked whether it is there
     idle_timeout_s: float = 3600.0
     write_timeout_s: float = 30.0
 
@@ -48,6 +55,8 @@ class Server:
         self.limits = limits or ServerLimits()
         self.connections: set[Connection] = set()
         self.rejected = 0
+        self.draining = False
+        self.unsent_bytes = 0
         self.now = 0.0  # loop time of the last sweep
         self.loop: asyncio.AbstractEventLoop
         self._empty = asyncio.Event()
@@ -68,6 +77,7 @@ class Server:
 
     async def drain(self, grace_s: float) -> None:
         """Accept no more, let what is in flight finish within `grace_s`, then close everything."""
+        self.draining = True
         if self._listener is not None:
             self._listener.close()
         for connection in tuple(self.connections):
@@ -88,9 +98,24 @@ class Server:
         if not self.connections:
             self._empty.set()
 
+    def failed(self, stream: Stream, error: Exception) -> None:
+        """A handler or sink raised: the loop's exception handler gets the error."""
+        path = stream.head.path[:200].decode("latin-1")
+        self.loop.call_exception_handler({"message": f"handler of {path} failed", "exception": error})
+
     def _sweep(self) -> None:
         """The one timer of all connections."""
         self.now = self.loop.time()
         for connection in tuple(self.connections):
             connection.sweep(self.now)
+        if self.unsent_bytes > self.limits.max_unsent_bytes:
+            self._shed()
         self._timer = self.loop.call_later(_SWEEP_S, self._sweep)
+
+    def _shed(self) -> None:
+        """Those who have taken nothing for the longest time lose their answers, until there is room."""
+        streams = [each for peer in self.connections for each in peer.receiver.streams.values() if each.unsent_bytes]
+        for stream in sorted(streams, key=lambda each: each.write_deadline):
+            if self.unsent_bytes <= self.limits.max_unsent_bytes:
+                return
+            stream.reset(Code.ENHANCE_YOUR_CALM)

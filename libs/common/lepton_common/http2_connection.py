@@ -1,82 +1,83 @@
-"""One peer of the HTTP/2 server: frames in, frames out, flow control, and what a peer may cost (RFC 9113)."""
+"""One peer of the HTTP/2 server: what concerns all its requests, its deadlines, and its end (RFC 9113)."""
 
 import asyncio
-from collections import deque
-from math import inf
+from enum import Enum, auto
 from typing import TYPE_CHECKING, cast
 
-from lepton_common.errors import Invalid
 from lepton_common.http2_frames import (
-    DEFAULT_WINDOW,
-    FRAME_HEAD,
-    MAX_FRAME_BYTES,
     MAX_WINDOW,
-    PREFACE,
     Code,
     ConnectionFailed,
     Flag,
-    HeaderDecoder,
     Kind,
     Setting,
     frame,
+    goaway_frame,
     settings_frame,
     settings_of,
-    unpadded,
     word,
 )
+from lepton_common.http2_reading import FrameReader
+from lepton_common.http2_receiving import FRAME, WORK, Receiver
+from lepton_common.http2_sending import Sender
 from lepton_common.http2_stream import Stream
 
 if TYPE_CHECKING:
     from lepton_common.http2 import Server
 
-_HEAD_BYTES = FRAME_HEAD.size
+_SMALL_UPDATE_BYTES = 256
+_LINGER_S = 2.0  # how long a peer may take to read the last answer, or to hear that it should leave
+_ANSWER_S = 20.0  # how long it may take to say that it is there
+_LEAVING = b"leaving\0"  # a ping: what comes before its answer may have been sent before the farewell was read
+_ASKING = b"asking\0\0"
+
+
+class State(Enum):
+    """What a connection waits for."""
+
+    HEADERS = auto()  # the rest of a preface or of headers
+    WORK = auto()  # its requests
+    NOTHING = auto()
+    FAREWELL = auto()  # the answer to `_LEAVING`
+    ROOM = auto()  # the peer to read
+    END = auto()  # the peer to close
 
 
 class Connection(asyncio.Protocol):
-    """One peer and its streams."""
+    """One peer. `receiver` has its requests, `sender` their answers."""
 
     __slots__ = (
-        *("_block", "_block_ends", "_block_stream", "_blocked", "_cheap", "_decoder", "_flushing", "_goaway", "_last"),
-        *("_out", "_owed", "_peer_window", "_preface", "_rest", "_send_window", "_server", "_transport", "_unsent"),
-        *("_writable", "deadline", "limits", "peer", "receive_window", "streams"),
+        *("_asked", "_cost", "_deadline", "_deaf", "_frames", "_half_closed", "_leaving", "_reader", "_state"),
+        *("_transport", "_unsent", "peer", "receiver", "sender", "server"),
     )
 
     _transport: asyncio.Transport
+    sender: Sender
 
     def __init__(self, server: "Server") -> None:
-        self._server = server
-        self.limits = server.limits
-        self._decoder = HeaderDecoder(server.limits.max_header_bytes)
-        self._preface = False
-        self._rest = b""
-        self._block: bytearray | None = None  # of headers that go on in the next frame
-        self._block_stream = 0
-        self._block_ends = False
-        self._last = 0  # the highest stream that the peer began
-        self._goaway = False
-        self._cheap = 0  # frames since the last sweep that cost the peer nothing and carry nothing
-        self._send_window = DEFAULT_WINDOW
-        self._peer_window = DEFAULT_WINDOW  # with which its new streams begin
-        self.receive_window = DEFAULT_WINDOW
-        self._owed = 0
-        self._out: list[bytes] = []
-        self._flushing = False
-        self._writable = True
+        self.server = server
+        self.receiver = Receiver(self)
+        self._reader = FrameReader(self._frame, 2 * server.limits.max_header_bytes)
+        self._cost = 0
+        self._leaving = False
+        self._half_closed = False
+        self._deaf = False
+        self._asked = False
+        self._state = State.HEADERS
+        self._deadline = server.now + server.limits.header_timeout_s
+        self._frames = 0  # as they were when the deadline was set
         self._unsent = 0
-        self._blocked: dict[int, Stream] = {}
-        self.streams: dict[int, Stream] = {}
-        self.deadline = inf
         self.peer = ""
 
     # --- the transport's side ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        limits = self.limits
+        limits = self.server.limits
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
         self.peer = str((transport.get_extra_info("peername") or ("",))[0])
-        self._server.connections.add(self)
-        self.deadline = self._server.now + limits.header_timeout_s
-        self._write(
+        self.sender = Sender(self.server, self._transport, self._answered)
+        self.server.connections.add(self)
+        self.sender.write(
             settings_frame(
                 {
                     Setting.MAX_CONCURRENT_STREAMS: limits.max_streams,
@@ -85,396 +86,245 @@ class Connection(asyncio.Protocol):
                 }
             )
         )
-        self._widen_connection(limits.connection_window - DEFAULT_WINDOW)
+        self.receiver.open_window()
+        if self.server.draining:
+            self.leave()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._server.lost(self)
-        self._out.clear()
-        self._blocked.clear()
-        for stream in tuple(self.streams.values()):
-            self._forget(stream)
-            if stream.sink is not None:
-                stream.sink.lost()
+        self._deaf = True
+        self.server.lost(self)
+        for stream in tuple(self.receiver.streams.values()):
+            self.lose(stream)
+
+    def eof_received(self) -> bool:
+        """A peer that only said it has nothing more to send is answered."""
+        receiver = self.receiver
+        if self._deaf or not receiver.streams:
+            return False
+        self._half_closed = True
+        receiver.told = min(receiver.told, receiver.last)
+        for stream in tuple(receiver.streams.values()):
+            if not stream._ended:
+                self.lose(stream)
+        return not self._deaf
 
     def pause_writing(self) -> None:
-        self._writable = False
-        self._unsent = self._transport.get_write_buffer_size()
-        self.deadline = self._server.now + self.limits.write_timeout_s
+        self.sender.writable = False
 
     def resume_writing(self) -> None:
-        self._writable = True
-        self._rest_or_work()
-        self._pump()
+        self.sender.writable = True
+        self.sender.pump()
 
     def data_received(self, data: bytes) -> None:
-        if self._goaway and not self.streams:
-            return  # Given up; what still comes is not read.
-        if self._rest:
-            data = self._rest + data
-        start, end = 0, len(data)
-        if not self._preface:
-            if end < len(PREFACE) and PREFACE.startswith(data):
-                self._rest = data
-                return
-            if not data.startswith(PREFACE):
-                self._transport.abort()
-                return
-            self._preface = True
-            self._rest_or_work()
-            start = len(PREFACE)
-        try:
-            while end - start >= _HEAD_BYTES:
-                high, low, kind, flags, number = FRAME_HEAD.unpack_from(data, start)
-                length = high << 8 | low
-                if length > MAX_FRAME_BYTES:
-                    raise ConnectionFailed(Code.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
-                stop = start + _HEAD_BYTES + length
-                if stop > end:
-                    break
-                self._frame(kind, flags, number & MAX_WINDOW, data[start + _HEAD_BYTES : stop])
-                start = stop
-        except ConnectionFailed as error:
-            self.fail(error.code, str(error))
+        if self._deaf:
             return
-        self._rest = data[start:] if start < end else b""
+        try:
+            self._reader.feed(data)
+        except ConnectionFailed as error:
+            self._fail(error)
 
     # --- frames ---
 
     def _frame(self, kind: int, flags: int, number: int, payload: bytes) -> None:
-        if self._block is not None and (kind != Kind.CONTINUATION or number != self._block_stream):
-            raise ConnectionFailed(Code.PROTOCOL_ERROR, "headers: broken off by another frame")
         match kind:
             case Kind.DATA:
-                self._data(flags, number, payload)
+                self.receiver.data(flags, number, payload)
             case Kind.HEADERS:
-                self._headers(flags, number, payload)
+                self.receiver.headers(flags, number, payload)
             case Kind.WINDOW_UPDATE:
                 self._window_update(number, word(payload, "WINDOW_UPDATE"))
             case Kind.RST_STREAM:
-                self._reset_by_peer(number, word(payload, "RST_STREAM"))
+                word(payload, "RST_STREAM")
+                self.receiver.reset(number)
             case Kind.SETTINGS:
                 self._settings(flags, number, payload)
             case Kind.PING:
                 self._ping(flags, number, payload)
-            case Kind.CONTINUATION:
-                self._continuation(flags, payload)
             case Kind.PRIORITY:
-                self._count_cheap()  # Nobody heeds it any more.
+                if number == 0 or len(payload) != 5:
+                    code = Code.FRAME_SIZE_ERROR if number else Code.PROTOCOL_ERROR
+                    raise ConnectionFailed(code, "PRIORITY: malformed")
+                self.charge(FRAME)  # Nobody heeds it any more.
             case Kind.PUSH_PROMISE:
                 raise ConnectionFailed(Code.PROTOCOL_ERROR, "PUSH_PROMISE: from a client")
             case Kind.GOAWAY:
-                pass  # It begins nothing more, and closes when it is done
+                if number or len(payload) < 8:
+                    code = Code.PROTOCOL_ERROR if number else Code.FRAME_SIZE_ERROR
+                    raise ConnectionFailed(code, "GOAWAY: malformed")
+                self.charge(FRAME)  # The peer begins nothing more, and closes when it is done.
             case _:
-                self._count_cheap()
+                self.charge(FRAME)
 
-    def _headers(self, flags: int, number: int, payload: bytes) -> None:
-        payload = unpadded(payload, flags)
-        ends = bool(flags & Flag.END_STREAM)
-        if flags & Flag.END_HEADERS:
-            self._head(number, payload, ends)
-            return
-        self._block = bytearray(payload)
-        self._block_stream = number
-        self._block_ends = ends
-        self.deadline = self._server.now + self.limits.header_timeout_s
-
-    def _continuation(self, flags: int, payload: bytes) -> None:
-        if self._block is None:
-            raise ConnectionFailed(Code.PROTOCOL_ERROR, "CONTINUATION: of nothing")
-        self._block += payload
-        if not payload:
-            self._count_cheap()
-        if len(self._block) > self.limits.max_header_bytes:
-            raise ConnectionFailed(Code.ENHANCE_YOUR_CALM, f"headers: more than {self.limits.max_header_bytes} bytes")
-        if flags & Flag.END_HEADERS:
-            block, self._block = bytes(self._block), None
-            self._rest_or_work()
-            self._head(self._block_stream, block, self._block_ends)
-
-    def _head(self, number: int, block: bytes, ends: bool) -> None:
-        stream = self.streams.get(number)
-        if stream is not None:
-            self._decoder.fields(block)  # trailers, of which nobody asks
-            if not ends or stream._ended:
-                raise ConnectionFailed(Code.PROTOCOL_ERROR, "headers: twice for one stream")
-            self._end(stream)
-            return
-        if number % 2 == 0 or number <= self._last:
-            raise ConnectionFailed(Code.PROTOCOL_ERROR, f"headers: stream {number} cannot be begun")
-        self._last = number
-        try:
-            head = self._decoder.request(block)
-        except Invalid:
-            self._write(frame(Kind.RST_STREAM, 0, number, Code.PROTOCOL_ERROR.to_bytes(4, "big")))
-            return
-        if self._goaway:
-            return  # The peer was told that nobody looks at it.
-        if len(self.streams) >= self.limits.max_streams:
-            self._write(frame(Kind.RST_STREAM, 0, number, Code.REFUSED_STREAM.to_bytes(4, "big")))
-            self._count_cheap()
-            return
-        stream = self.streams[number] = Stream(self, number, head, self._peer_window)
-        self.deadline = inf if self._writable else self.deadline
-        stream.sink = self._server.handler(stream)
-        if ends:
-            self._end(stream)
-
-    def _data(self, flags: int, number: int, payload: bytes) -> None:
-        size = len(payload)
-        self.receive_window -= size
-        if self.receive_window < 0:
-            raise ConnectionFailed(Code.FLOW_CONTROL_ERROR, "DATA: more than the connection's window")
-        self._owed += size
-        if self._owed >= self.limits.connection_window // 2:
-            self._widen_connection(self._owed)
-            self._owed = 0
-        stream = self.streams.get(number)
-        if stream is None or stream._ended:
-            if number == 0 or number > self._last or stream is not None:
-                raise ConnectionFailed(Code.STREAM_CLOSED, f"DATA: stream {number} takes none")
-            self._count_cheap()  # It may have been on its way when the stream was reset.
-            return
-        stream.receive_window -= size
-        if stream.receive_window < 0:
-            self.reset(stream, Code.FLOW_CONTROL_ERROR, lost=True)
-            return
-        if flags & Flag.PADDED:
-            payload = unpadded(payload, flags & ~Flag.PRIORITY)
-        if payload and stream.sink is not None:
-            stream.sink.received(payload)
-        elif not flags & Flag.END_STREAM:
-            self._count_cheap()
-        if flags & Flag.END_STREAM and not stream.closed:
-            self._end(stream)
-
-    def _end(self, stream: Stream) -> None:
-        stream._ended = True
-        stream.body_deadline = inf
-        if stream.sink is not None:
-            stream.sink.ended()
-
-    def _reset_by_peer(self, number: int, code: int) -> None:
-        if number == 0 or number > self._last:
-            raise ConnectionFailed(Code.PROTOCOL_ERROR, f"RST_STREAM: stream {number} was never begun")
-        stream = self.streams.get(number)
-        # Beginning and giving up is free for the peer, not for us (CVE-2023-44487).
-        self._count_cheap()
-        if stream is not None:
-            self._forget(stream)
-            if stream.sink is not None:
-                stream.sink.lost()
+    def charge(self, cost: int) -> None:
+        """The peer made us do something that brings nobody anything. Raises ConnectionFailed when that is too much."""
+        self._cost += cost
+        if self._cost > self.server.limits.max_cost:
+            raise ConnectionFailed(Code.ENHANCE_YOUR_CALM, "too many frames that carry nothing")
 
     def _settings(self, flags: int, number: int, payload: bytes) -> None:
         if number:
             raise ConnectionFailed(Code.PROTOCOL_ERROR, "SETTINGS: on a stream")
         if flags & Flag.ACK:
+            if payload:
+                raise ConnectionFailed(Code.FRAME_SIZE_ERROR, "SETTINGS: an acknowledgement carries nothing")
+            self.charge(FRAME)
             return
-        self._count_cheap()
-        for setting, value in settings_of(payload):
-            if setting == Setting.INITIAL_WINDOW_SIZE:
-                if value > MAX_WINDOW:
-                    raise ConnectionFailed(Code.FLOW_CONTROL_ERROR, "SETTINGS: a window that is too large")
-                for stream in self.streams.values():
-                    stream.send_window += value - self._peer_window
-                self._peer_window = value
-            elif setting == Setting.MAX_FRAME_SIZE and not MAX_FRAME_BYTES <= value < 2**24:
-                raise ConnectionFailed(Code.PROTOCOL_ERROR, "SETTINGS: a frame size that cannot be")
-            elif setting == Setting.ENABLE_PUSH and value > 1:
-                raise ConnectionFailed(Code.PROTOCOL_ERROR, "SETTINGS: push is on or off")
-        self._write(frame(Kind.SETTINGS, Flag.ACK, 0))
-        self._pump()
+        self.charge(WORK)
+        window = settings_of(payload).get(Setting.INITIAL_WINDOW_SIZE, self.sender.stream_window)
+        self.sender.write(frame(Kind.SETTINGS, Flag.ACK, 0))
+        self.sender.resize(window, self.receiver.streams.values())
 
     def _ping(self, flags: int, number: int, payload: bytes) -> None:
         if number or len(payload) != 8:
-            raise ConnectionFailed(Code.FRAME_SIZE_ERROR if not number else Code.PROTOCOL_ERROR, "PING: malformed")
+            raise ConnectionFailed(Code.PROTOCOL_ERROR if number else Code.FRAME_SIZE_ERROR, "PING: malformed")
+        self.charge(FRAME)
         if not flags & Flag.ACK:
-            self._count_cheap()
-            self._write(frame(Kind.PING, Flag.ACK, 0, payload))
+            self.sender.write(frame(Kind.PING, Flag.ACK, 0, payload))
+        elif payload == _LEAVING and self._leaving:
+            self._part()
 
     def _window_update(self, number: int, size: int) -> None:
+        if size < _SMALL_UPDATE_BYTES:
+            self.charge(FRAME)
+        sender, receiver = self.sender, self.receiver
         if number == 0:
-            self._send_window += size
-            if size == 0 or self._send_window > MAX_WINDOW:
-                raise ConnectionFailed(Code.FLOW_CONTROL_ERROR, "WINDOW_UPDATE: out of range")
-            self._pump()
-        elif (stream := self.streams.get(number)) is not None:
-            stream.send_window += size
-            if size == 0 or stream.send_window > MAX_WINDOW:
-                self.reset(stream, Code.FLOW_CONTROL_ERROR, lost=True)
-            elif number in self._blocked:
-                self._pump()
-        elif number > self._last:
+            sender.window += size
+            if size == 0 or sender.window > MAX_WINDOW:
+                code = Code.FLOW_CONTROL_ERROR if size else Code.PROTOCOL_ERROR
+                raise ConnectionFailed(code, f"WINDOW_UPDATE: {size} bytes more")
+            sender.pump()
+        elif (stream := receiver.streams.get(number)) is not None:
+            if size == 0 or stream.send_window + size > MAX_WINDOW:
+                self.reset(stream, Code.FLOW_CONTROL_ERROR if size else Code.PROTOCOL_ERROR)
+            else:
+                sender.widen(stream, size)
+        elif number > receiver.last:
             raise ConnectionFailed(Code.PROTOCOL_ERROR, f"WINDOW_UPDATE: stream {number} was never begun")
 
-    def _count_cheap(self) -> None:
-        self._cheap += 1
-        if self._cheap > self.limits.max_cheap_frames:
-            raise ConnectionFailed(Code.ENHANCE_YOUR_CALM, "too many frames that carry nothing")
+    # --- the ends of streams ---
 
-    # --- answering ---
+    def reset(self, stream: Stream, code: Code) -> None:
+        """The request is not answered, and its taker hears of it unless it said so itself."""
+        self.receiver.give_up(stream.id, code)
+        self.lose(stream)
 
-    def reply(self, stream: Stream, head: bytes, body: bytes, trailers: bytes) -> None:
-        size, number = len(body), stream.id
-        if size <= MAX_FRAME_BYTES and size <= self._send_window and size <= stream.send_window and self._writable:
-            self._send_window -= size
-            ending = Flag.END_HEADERS | Flag.END_STREAM
-            self._write(
-                b"%b%b%b%b%b"
-                % (
-                    frame(Kind.HEADERS, Flag.END_HEADERS, number, head),
-                    FRAME_HEAD.pack(size >> 8, size & 0xFF, Kind.DATA, 0, number),
-                    body,
-                    FRAME_HEAD.pack(len(trailers) >> 8, len(trailers) & 0xFF, Kind.HEADERS, ending, number),
-                    trailers,
-                )
-            )
-            self._over(stream)
-        else:
-            self.write_headers(number, head, last=False)
-            self.send(stream, body, trailers)
-
-    def write_headers(self, number: int, block: bytes, *, last: bool) -> None:
-        """A header block, in as many frames as it takes."""
-        flags = Flag.END_STREAM if last else 0
-        kind = Kind.HEADERS
-        while len(block) > MAX_FRAME_BYTES:
-            self._write(frame(kind, flags, number, block[:MAX_FRAME_BYTES]))
-            kind, flags, block = Kind.CONTINUATION, 0, block[MAX_FRAME_BYTES:]
-        self._write(frame(kind, flags | Flag.END_HEADERS, number, block))
-
-    def send(self, stream: Stream, data: bytes, trailers: bytes | None) -> None:
-        """The data is sent as far as the peer lets it, the rest when it does; then the trailers end the stream."""
-        if stream._out is None:
-            stream._out = deque()
-        if data:
-            stream._out.append(memoryview(data))
-        stream._trailers = trailers
-        self._blocked[stream.id] = stream
-        self._pump()
-
-    def reset(self, stream: Stream, code: Code, *, lost: bool = False) -> None:
-        self._write(frame(Kind.RST_STREAM, 0, stream.id, code.to_bytes(4, "big")))
+    def lose(self, stream: Stream) -> None:
+        """The request is not wanted any more."""
         self._forget(stream)
-        if lost and stream.sink is not None:
-            stream.sink.lost()
+        if stream.sink is not None:
+            try:
+                stream.sink.lost()
+            except Exception as error:  # A sink's mistake costs nobody else anything.
+                self.server.failed(stream, error)
 
-    def widen(self, stream: Stream, size: int) -> None:
-        stream.receive_window += size
-        self._write(frame(Kind.WINDOW_UPDATE, 0, stream.id, size.to_bytes(4, "big")))
+    def failed(self, stream: Stream, error: Exception) -> None:
+        """A handler or sink raised."""
+        self.server.failed(stream, error)
+        if not stream.closed:
+            self.reset(stream, Code.INTERNAL_ERROR)
 
-    def _widen_connection(self, size: int) -> None:
-        self.receive_window += size
-        self._write(frame(Kind.WINDOW_UPDATE, 0, 0, size.to_bytes(4, "big")))
-
-    def _pump(self) -> None:
-        """What was held back is sent, a frame of each stream in turn."""
-        moved = True
-        while moved and self._blocked:
-            moved = sum(self._send_some(each) for each in tuple(self._blocked.values())) > 0
-
-    def _send_some(self, stream: Stream) -> bool:
-        out = stream._out
-        assert out is not None
-        moved = False
-        if out:
-            size = min(len(out[0]), MAX_FRAME_BYTES, self._send_window, stream.send_window)
-            if size <= 0 or not self._writable:
-                return False
-            self._send_window -= size
-            stream.send_window -= size
-            # At once: what the transport cannot take is what `pause_writing` is about.
-            self._flush()
-            self._transport.write(frame(Kind.DATA, 0, stream.id, bytes(out[0][:size])))
-            out[0] = out[0][size:]
-            if not out[0]:
-                out.popleft()
-            moved = True
-        if not out:
-            del self._blocked[stream.id]
-            if stream._trailers is not None:
-                self.write_headers(stream.id, stream._trailers, last=True)
-                self._over(stream)
-        return moved
-
-    def _over(self, stream: Stream) -> None:
-        """It is answered. What the peer still sends of it is not wanted."""
+    def _answered(self, stream: Stream) -> None:
         if not stream._ended:
-            self._write(frame(Kind.RST_STREAM, 0, stream.id, Code.NO_ERROR.to_bytes(4, "big")))
+            self.receiver.give_up(stream.id, Code.NO_ERROR)  # What the peer still sends of it is not wanted.
         self._forget(stream)
 
     def _forget(self, stream: Stream) -> None:
         stream.closed = True
-        self.streams.pop(stream.id, None)
-        self._blocked.pop(stream.id, None)
-        if not self.streams:
-            if self._goaway:
-                self._flush()
-                self._transport.close()
-            else:
-                self._rest_or_work()
+        self.receiver.streams.pop(stream.id, None)
+        self.sender.forget(stream)
+        if not self.receiver.streams and self.receiver.told != MAX_WINDOW and not self._deaf:
+            self._close()
 
-    def _write(self, data: bytes) -> None:
-        """Answers of one turn of the loop leave in one write."""
-        self._out.append(data)
-        if not self._flushing:
-            self._flushing = True
-            self._server.loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._flushing = False
-        if self._out:
-            self._transport.write(b"".join(self._out))
-            self._out.clear()
-
-    # --- the server's side ---
-
-    def _rest_or_work(self) -> None:
-        if self._writable and self._block is None:
-            self.deadline = inf if self.streams else self._server.now + self.limits.idle_timeout_s
+    # --- the server's side, and the end ---
 
     def sweep(self, now: float) -> None:
-        """Called now and then: the deadlines of the connection and of the bodies that are on their way."""
-        self._cheap = 0
-        if self.deadline <= now:
+        """Called now and then: the deadlines of the connection, of bodies on their way, and of answers not taken."""
+        limits = self.server.limits
+        self._cost = max(0, self._cost - limits.max_cost // 10)
+        state = self._waits_for()
+        unsent = self._transport.get_write_buffer_size()
+        moved = unsent < self._unsent if state in (State.ROOM, State.END) else self._reader.frames != self._frames
+        if moved or state is not self._state:
+            self._state, self._frames, self._unsent, self._asked = state, self._reader.frames, unsent, False
+            self._deadline = now + self._patience_s(state)
+        elif self._deadline <= now:
             self._expire(now)
-        for stream in tuple(self.streams.values()):
-            if stream.body_deadline <= now:
-                self.reset(stream, Code.CANCEL, lost=True)
+        for stream in tuple(self.receiver.streams.values()):
+            if stream.body_deadline <= now or stream.write_deadline <= now:
+                self.reset(stream, Code.CANCEL)
+
+    def _waits_for(self) -> State:
+        if self._deaf:
+            return State.END
+        if not self.sender.writable:
+            return State.ROOM
+        reader, streams = self._reader, self.receiver.streams
+        if not reader.began or reader.in_headers or (reader.in_frame and not streams):
+            return State.HEADERS
+        if streams:
+            return State.WORK
+        return State.FAREWELL if self._leaving else State.NOTHING
+
+    def _patience_s(self, state: State) -> float:
+        limits = self.server.limits
+        match state:
+            case State.HEADERS:
+                return limits.header_timeout_s
+            case State.WORK:
+                return limits.quiet_timeout_s
+            case State.NOTHING:
+                return limits.idle_timeout_s
+            case State.ROOM:
+                return limits.write_timeout_s
+            case _:
+                return _LINGER_S
 
     def _expire(self, now: float) -> None:
-        unsent = self._transport.get_write_buffer_size()
-        if 0 < unsent < self._unsent:
-            self._unsent = unsent
-            self.deadline = now + self.limits.write_timeout_s
-        elif self._writable and self._preface and self._block is None and not self.streams:
-            self.leave()
-        else:
-            self._transport.abort()
+        match self._state:
+            case State.NOTHING:
+                self.leave()
+            case State.WORK if not self._asked:
+                self._asked = True
+                self._deadline = now + _ANSWER_S
+                self.sender.write(frame(Kind.PING, 0, 0, _ASKING))
+            case State.FAREWELL:
+                self._part()
+            case _:
+                self._transport.abort()
 
     def leave(self) -> None:
-        """The peer begins no more requests here; those under way are answered."""
-        if not self._goaway:
-            self._say_goaway(Code.NO_ERROR, "")
-        if not self.streams:
-            self._flush()
-            self._transport.close()
+        """The peer begins nothing more here. What it has begun is answered, also what is on its way."""
+        if not self._leaving:
+            self._leaving = True
+            self.sender.write(goaway_frame(MAX_WINDOW, Code.NO_ERROR, "") + frame(Kind.PING, 0, 0, _LEAVING))
 
-    def fail(self, code: Code, message: str) -> None:
+    def _part(self) -> None:
+        """What the peer begins from now on is not looked at: it knew."""
+        receiver = self.receiver
+        if receiver.told == MAX_WINDOW:
+            receiver.told = receiver.last
+            self.sender.write(goaway_frame(receiver.told, Code.NO_ERROR, ""))
+            if not receiver.streams:
+                self._close()
+
+    def _fail(self, error: ConnectionFailed) -> None:
         """The connection ends here, and the peer hears why."""
-        self._server.rejected += 1
-        self._say_goaway(code, message)
-        self._flush()
-        self._transport.close()
-        for stream in tuple(self.streams.values()):
-            stream.closed = True
-            del self.streams[stream.id]
-            if stream.sink is not None:
-                stream.sink.lost()
+        self.server.rejected += 1
+        receiver = self.receiver
+        self.sender.write(goaway_frame(min(receiver.last, receiver.told), error.code, str(error)))
+        self._deaf = True
+        for stream in tuple(receiver.streams.values()):
+            self.lose(stream)
+        self._close()
 
-    def _say_goaway(self, code: Code, message: str) -> None:
-        self._goaway = True
-        told = message.encode()[:200]
-        self._write(frame(Kind.GOAWAY, 0, 0, self._last.to_bytes(4, "big") + code.to_bytes(4, "big") + told))
+    def _close(self) -> None:
+        """Say that nothing more comes and wait for the peer to close: closing first could destroy the last answer."""
+        self._deaf = True
+        self.sender.close()
+        if self._half_closed or not self._transport.can_write_eof():
+            self._transport.close()
+        else:
+            self._transport.write_eof()
 
     def abort(self) -> None:
         self._transport.abort()

@@ -4,7 +4,8 @@ from collections import deque
 from math import inf
 from typing import TYPE_CHECKING, Protocol
 
-from lepton_common.http2_frames import Code, RequestHead
+from lepton_common.http2_frames import Code
+from lepton_common.http2_headers import RequestHead
 
 if TYPE_CHECKING:
     from lepton_common.http2_connection import Connection
@@ -27,21 +28,23 @@ class Stream:
     """One request. Its `head` is whole; its body goes to `sink`. Answer with `start`, `send` and `end`, or `reply`."""
 
     __slots__ = (
-        *("_connection", "_ended", "_out", "_owed", "_trailers"),
-        *("body_deadline", "closed", "head", "id", "receive_window", "send_window", "sink"),
+        *("_connection", "_ended", "_out", "_owed", "_trailers", "body_deadline", "closed", "head", "id"),
+        *("receive_window", "received_bytes", "send_window", "sink", "unsent_bytes", "write_deadline"),
     )
 
     def __init__(self, connection: "Connection", number: int, head: RequestHead, send_window: int) -> None:
         self._connection = connection
-        self._out: deque[memoryview] | None = None  # what flow control holds back
+        self._out: deque[memoryview] | None = None  # what flow control holds back, `unsent_bytes` long
         self._trailers: bytes | None = None
         self._owed = 0  # bytes taken from the window of the peer and not given back
         self._ended = False  # by the peer
         self.id = number
         self.head = head
         self.send_window = send_window
-        self.receive_window = connection.limits.stream_window
-        self.body_deadline = inf  # in the server's time: until then there must be a whole body
+        self.receive_window = connection.server.limits.stream_window
+        self.received_bytes = 0
+        self.unsent_bytes = 0
+        self.body_deadline = self.write_deadline = inf  # in the server's time
         self.closed = False
         self.sink: Sink | None = None
 
@@ -52,37 +55,38 @@ class Stream:
     def reply(self, head: bytes, body: bytes, trailers: bytes) -> None:
         """The whole answer. `head` and `trailers` are header blocks."""
         if not self.closed:
-            self._connection.reply(self, head, body, trailers)
+            self._connection.sender.reply(self, head, body, trailers)
 
     def start(self, head: bytes) -> None:
         """The answer begins with this header block."""
         if not self.closed:
-            self._connection.write_headers(self.id, head, last=False)
+            self._connection.sender.headers(self.id, head, last=False)
 
-    def send(self, data: bytes) -> None:
-        """The answer goes on."""
+    def send(self, data: bytes | bytearray | memoryview) -> None:
+        """The answer goes on. A peer that takes nothing of it for long loses the request."""
         if not self.closed:
-            self._connection.send(self, data, None)
+            self._connection.sender.send(self, data, None)
 
     def end(self, trailers: bytes) -> None:
         """The answer ends with this header block."""
         if not self.closed:
-            self._connection.send(self, b"", trailers)
+            self._connection.sender.send(self, b"", trailers)
 
     def reset(self, code: Code) -> None:
         """The request is not answered."""
         if not self.closed:
             self._connection.reset(self, code)
 
+    def await_body(self) -> None:
+        """From now on the rest of the body has a time to come in, or the peer loses the request."""
+        if not self._ended:
+            server = self._connection.server
+            self.body_deadline = server.now + server.limits.body_timeout_s
+
     def credit(self, size: int) -> None:
         """The peer may send so many bytes more."""
         if not self.closed and not self._ended:
             self._owed += size
-            if self._owed >= self._connection.limits.stream_window // 2:
-                self._connection.widen(self, self._owed)
+            if self._owed >= self._connection.server.limits.stream_window // 2:
+                self._connection.receiver.widen(self, self._owed)
                 self._owed = 0
-
-    @property
-    def unsent_bytes(self) -> int:
-        """What flow control holds back of the answer."""
-        return 0 if self._out is None else sum(map(len, self._out))

@@ -5,18 +5,21 @@ Source: grpc/grpc doc/PROTOCOL-HTTP2.md. Requests may be compressed, answers are
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from functools import lru_cache
 from urllib.parse import quote
 
 import structlog
 from lepton_common.compression import decompress
-from lepton_common.errors import Invalid, LeptonError, TooLarge, status_of
+from lepton_common.errors import Invalid, LeptonError, Overloaded, TooLarge, status_of
 from lepton_common.http2 import Sink, Stream, literal
+from lepton_common.http11_request import Buffer
 
 PREFIX_BYTES = 5
 START = b"\x88" + literal(b"content-type", b"application/grpc")  # :status 200
+_LARGEST_AT_ONCE = 4  # messages of the largest size that may be under way together
+_JOIN_BYTES = 64 << 10
 _MAX_TOLD = 1000  # characters of a status' message
 # Those of the connection, those that describe the bytes that came, and what gRPC says in its own way.
 _NOT_METADATA = frozenset(
@@ -80,17 +83,38 @@ def trailers(status: Status, message: str = "", metadata: tuple[tuple[bytes, byt
     return block + b"".join(literal(*each) for each in metadata)
 
 
-def framed(message: bytes) -> bytes:
-    """The message behind its prefix."""
-    return b"\x00" + len(message).to_bytes(4, "big") + message
+def framed(pieces: Sequence[Buffer]) -> list[Buffer]:
+    """The message behind its prefix: in one piece, unless copying it costs more than it saves."""
+    size = sum(map(len, pieces))
+    prefix = b"\x00" + size.to_bytes(4, "big")
+    return [prefix, *pieces] if size > _JOIN_BYTES else [b"".join((prefix, *pieces))]
+
+
+class Room:
+    """The memory for messages of all calls, from when their size is known until they are answered: a peer may have a
+    thousand calls, and each may be large. `most` is the size of one message."""
+
+    __slots__ = ("free", "most")
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.free = _LARGEST_AT_ONCE * most
+
+    def take(self, size: int) -> None:
+        """Raises TooLarge, and Overloaded while others have the room."""
+        if size > self.most:
+            raise TooLarge(f"message: {size} bytes, at most {self.most} are taken")
+        if size > self.free:
+            raise Overloaded(f"message: {size} bytes, more than there is room for now", retry_after_s=1)
+        self.free -= size
 
 
 class Call(Sink, ABC):
     """One call of a method. Subclasses get its messages, and answer it."""
 
-    def __init__(self, stream: Stream, max_message_bytes: int) -> None:
+    def __init__(self, stream: Stream, room: Room) -> None:
         self.stream = stream
-        self.max_message_bytes = max_message_bytes
+        self.room = room
         self.encoding = stream.head.headers.get(b"grpc-encoding", b"identity")
         self.deadline = _deadline(stream.head.headers.get(b"grpc-timeout"))
 
@@ -109,20 +133,13 @@ class Call(Sink, ABC):
                 found[b"x-request-timeout-ms"] = b"%d" % min(left_ms, 10**11)
         return found
 
-    def message_of(self, prefix: bytes, data: bytes) -> bytes:
+    def message_of(self, prefix: bytes, data: bytes | bytearray) -> bytes | bytearray:
         """The message, decompressed where it says so. Raises Invalid."""
         if prefix[0] == 0:
             return data
         if prefix[0] != 1 or self.encoding == b"identity":
             raise Invalid("a message says that it is compressed, the metadata do not say how")
-        return bytes(decompress(data, self.encoding, self.max_message_bytes))
-
-    def check_size(self, prefix: bytes) -> int:
-        """The length of the message behind the prefix. Raises TooLarge."""
-        size = int.from_bytes(prefix[1:], "big")
-        if size > self.max_message_bytes:
-            raise TooLarge(f"message: {size} bytes, at most {self.max_message_bytes} are taken")
-        return size
+        return decompress(data, self.encoding, self.room.most)
 
     def guarded(self, error: Exception) -> LeptonError:
         """The error as the caller may hear of it."""
@@ -144,46 +161,82 @@ class Call(Sink, ABC):
 class Unary(Call):
     """A call with one message, which `asked` is called with."""
 
-    def __init__(self, stream: Stream, max_message_bytes: int) -> None:
-        super().__init__(stream, max_message_bytes)
-        self._chunks: list[bytes] = []
-        self._size = 0
+    def __init__(self, stream: Stream, room: Room) -> None:
+        super().__init__(stream, room)
+        self._body: bytes | bytearray = b""
+        self._size: int | None = None  # of the message, once it is known: so much room it has
+        stream.await_body()
 
     @abstractmethod
-    def asked(self, message: bytes) -> None:
+    def asked(self, message: bytes | bytearray) -> None:
         """The message is whole: answer it. What is raised is the answer."""
 
-    def answer(self, message: bytes, metadata: Iterable[tuple[bytes, bytes]] = ()) -> None:
+    def answer(self, message: Sequence[Buffer], metadata: Iterable[tuple[bytes, bytes]] = ()) -> None:
         """The call ends well, with this message."""
-        self.stream.reply(START, framed(message), trailers(Status.OK, "", tuple(metadata)))
+        last = trailers(Status.OK, "", tuple(metadata))
+        pieces = framed(message)
+        if len(pieces) == 1:
+            self.stream.reply(START, bytes(pieces[0]), last)
+        else:
+            self.stream.start(START)
+            for each in pieces:
+                self.stream.send(each)
+            self.stream.end(last)
+        self.leave()
+
+    def end(self, status: Status, message: str = "", metadata: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        super().end(status, message, metadata)
+        self.leave()
+
+    def leave(self) -> None:
+        """The room is free again."""
+        if self._size is not None:
+            self.room.free += self._size
+            self._size = None
+        self._body = b""
 
     def received(self, data: bytes) -> None:
-        self._size += len(data)
-        if self._size > self.max_message_bytes + PREFIX_BYTES:
-            self.refuse(TooLarge(f"message: more than the {self.max_message_bytes} bytes that are taken"))
-            return
-        self._chunks.append(data)
-        self.stream.credit(len(data))
+        if not self._body:
+            self._body = data
+        elif isinstance(self._body, bytes):
+            self._body = bytearray(self._body + data)
+        else:
+            self._body += data
+        try:
+            if self._size is None and len(self._body) >= PREFIX_BYTES:
+                size = int.from_bytes(self._body[1:PREFIX_BYTES], "big")
+                self.room.take(size)
+                self._size = size
+            if len(self._body) > PREFIX_BYTES + (self._size or 0):
+                raise Invalid("the body has more than one message")
+        except LeptonError as error:
+            self.refuse(error)
+        else:
+            self.stream.credit(len(data))
 
     def ended(self) -> None:
-        body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        self._chunks.clear()
+        body, self._body = self._body, b""
         try:
-            if len(body) < PREFIX_BYTES or int.from_bytes(body[1:PREFIX_BYTES], "big") != len(body) - PREFIX_BYTES:
+            if self._size is None or len(body) != PREFIX_BYTES + self._size:
                 raise Invalid("the body is not one message")
-            self.asked(self.message_of(body[:PREFIX_BYTES], body[PREFIX_BYTES:]))
+            prefix = bytes(body[:PREFIX_BYTES])
+            if isinstance(body, bytes):
+                body = body[PREFIX_BYTES:]
+            else:
+                del body[:PREFIX_BYTES]
+            self.asked(self.message_of(prefix, body))
         except Exception as error:  # A handler's mistake costs its own call only.
             self.refuse(error)
 
     def lost(self) -> None:
-        """Nothing to undo."""
+        self.leave()
 
 
 class Refusal(Call):
     """A call that cannot be made."""
 
     def __init__(self, stream: Stream, status: Status, message: str) -> None:
-        super().__init__(stream, 0)
+        super().__init__(stream, Room(0))
         self.end(status, message)
 
     def received(self, data: bytes) -> None:

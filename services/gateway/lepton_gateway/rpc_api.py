@@ -16,7 +16,7 @@ from lepton_common.http2 import Sink, Stream
 from lepton_gateway import inference_pb2 as pb
 from lepton_gateway import rpc_reflection
 from lepton_gateway.answers import Answer, Handle
-from lepton_gateway.rpc import Refusal, Status, Unary, not_grpc, status_of_http
+from lepton_gateway.rpc import Refusal, Room, Status, Unary, not_grpc, status_of_http
 from lepton_gateway.rpc_codec import model_target, parameters_of
 from lepton_gateway.rpc_health import Check, Watch
 from lepton_gateway.rpc_infer import ModelInfer, ModelStreamInfer, ask, metadata_of
@@ -159,15 +159,15 @@ METHODS: Mapping[str, Method] = {
 class Asked(Unary):
     """A call of one of `METHODS`."""
 
-    def __init__(self, stream: Stream, max_message_bytes: int, handle: Handle, method: Method) -> None:
-        super().__init__(stream, max_message_bytes)
+    def __init__(self, stream: Stream, room: Room, handle: Handle, method: Method) -> None:
+        super().__init__(stream, room)
         self._handle = handle
         self._method = method
 
-    def asked(self, message: bytes) -> None:
+    def asked(self, message: bytes | bytearray) -> None:
         method = self._method
         try:
-            request = method.request.FromString(message)
+            request = method.request.FromString(bytes(message))
         except DecodeError:
             raise Invalid(f"the message is not a {method.request.DESCRIPTOR.name}") from None
         verb, target, document = method.line(request)
@@ -179,7 +179,7 @@ class Asked(Unary):
             return
         try:
             document = orjson.loads(answer.body) if answer.body else None
-            self.answer(self._method.response(answer.status, document).SerializeToString())
+            self.answer([self._method.response(answer.status, document).SerializeToString()])
         except Exception as error:  # Of this answer only.
             self.refuse(error)
 
@@ -188,17 +188,16 @@ class RpcApi:
     """Answers calls. `handle` is the HTTP/2 server's handler; `api` answers HTTP requests."""
 
     def __init__(self, api: Handle, readiness: Readiness, max_message_bytes: int) -> None:
+        room = Room(max_message_bytes)
         self._calls: dict[bytes, Callable[[Stream], Sink]] = {
-            _path(SERVICE, "ModelInfer"): lambda stream: ModelInfer(stream, max_message_bytes, api),
-            _path(SERVICE, "ModelStreamInfer"): lambda stream: ModelStreamInfer(stream, max_message_bytes, api),
+            _path(SERVICE, "ModelInfer"): lambda stream: ModelInfer(stream, room, api),
+            _path(SERVICE, "ModelStreamInfer"): lambda stream: ModelStreamInfer(stream, room, api),
             _path(_HEALTH, "Check"): lambda stream: Check(stream, readiness, {"", SERVICE}),
             _path(_HEALTH, "Watch"): lambda stream: Watch(stream, readiness, {"", SERVICE}),
             _path(rpc_reflection.SERVICE, "ServerReflectionInfo"): rpc_reflection.Reflection,
         }
         for name, method in METHODS.items():
-            self._calls[_path(SERVICE, name)] = partial(
-                Asked, max_message_bytes=max_message_bytes, handle=api, method=method
-            )
+            self._calls[_path(SERVICE, name)] = partial(Asked, room=room, handle=api, method=method)
         for kind in ("System", "Cuda"):
             for verb in ("Status", "Register", "Unregister"):
                 self._calls[_path(SERVICE, f"{kind}SharedMemory{verb}")] = partial(

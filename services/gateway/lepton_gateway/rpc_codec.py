@@ -6,13 +6,15 @@ typed contents, unless the request's parameter `binary_data_output` is false.
 
 import sys
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
 import orjson
+from google.protobuf.message import DecodeError
 from lepton_common.errors import Invalid, Unsupported
+from lepton_common.http11_request import Buffer
 
 from lepton_gateway import inference_pb2 as pb
 
@@ -32,6 +34,10 @@ _CONTENTS = {
     "BYTES": ("bytes_contents", ""),
 }
 _LENGTH_BYTES = 4
+_LARGE_BYTES = 256 << 10
+_MAX_VARINT_BYTES = 10
+_RAW_INPUT = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2
+_RAW_OUTPUT = pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER
 _RAW_REPLY = "binary_data_output"
 
 assert sys.byteorder == "little", "raw tensors are little-endian"
@@ -55,18 +61,80 @@ def model_target(model: str, version: str, verb: str = "") -> bytes:
     return _target(model, version, verb)
 
 
-def encode_request(request: pb.ModelInferRequest) -> tuple[int, bytes]:
+def read_request(message: bytes | bytearray) -> tuple[pb.ModelInferRequest, Sequence[Buffer]]:
+    """The message, and its raw tensors: protobuf would copy large ones twice. Raises Invalid."""
+    found = _split(memoryview(message)) if len(message) > _LARGE_BYTES else None
+    try:
+        if found is not None:
+            rest, raw = found
+            return pb.ModelInferRequest.FromString(rest), raw
+        request = pb.ModelInferRequest.FromString(bytes(message))
+        return request, request.raw_input_contents
+    except DecodeError:
+        raise Invalid("the message is not a ModelInferRequest") from None
+
+
+def _split(message: memoryview) -> tuple[bytes, list[memoryview]] | None:
+    """The message without its raw tensors, and they. None when it is something for protobuf to judge."""
+    rest: list[memoryview] = []
+    raw: list[memoryview] = []
+    offset = 0
+    while offset < len(message):
+        tag, start = _varint(message, offset)
+        match tag & 7:
+            case 0:
+                size, stop = 0, _varint(message, start)[1]
+            case 1:
+                stop = start + 8
+            case 2:
+                size, start = _varint(message, start)
+                stop = start + size
+            case 5:
+                stop = start + 4
+            case _:
+                return None
+        if not start <= stop <= len(message) or start < 0:
+            return None
+        if tag == _RAW_INPUT:
+            raw.append(message[start:stop])
+        else:
+            rest.append(message[offset:stop])
+        offset = stop
+    return b"".join(rest), raw
+
+
+def _varint(data: memoryview, offset: int) -> tuple[int, int]:
+    """A number of protobuf's and where it ends, -1 when it does not."""
+    value = 0
+    for shift, byte in enumerate(data[offset : offset + _MAX_VARINT_BYTES]):
+        value |= (byte & 0x7F) << 7 * shift
+        if byte < 0x80:
+            return value, offset + shift + 1
+    return 0, -1
+
+
+def tagged(field: int, size: int) -> bytes:
+    """What stands in a message before a field of so many bytes."""
+    found = bytearray((field << 3 | 2,))
+    while size > 0x7F:
+        found.append(size & 0x7F | 0x80)
+        size >>= 7
+    found.append(size)
+    return bytes(found)
+
+
+def encode_request(request: pb.ModelInferRequest, raw: Sequence[Buffer]) -> tuple[int, bytes]:
     """(length of the JSON part, body) of the same request over HTTP. Raises Invalid naming what is wrong."""
-    raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise Invalid(f"raw_input_contents: {len(raw)} entries, expected one for each of {len(request.inputs)} inputs")
     parameters = parameters_of(request.parameters)
     parameters[_RAW_REPLY] = True
-    tensors: list[bytes] = []
+    tensors: list[Buffer] = []
     inputs = []
     for index, each in enumerate(request.inputs):
         if each.parameters:
             _refuse_shared_memory(each.parameters)
+        data: Buffer
         if not raw:
             data = _raw_of(each)
         elif each.HasField("contents"):
@@ -100,22 +168,27 @@ def wants_typed(request: pb.ModelInferRequest) -> bool:
     return choice is not None and choice.WhichOneof("parameter_choice") == "bool_param" and not choice.bool_param
 
 
-def decode_response(body: bytes, header_length: int, *, typed: bool) -> pb.ModelInferResponse:
-    """The response in an HTTP answer whose outputs are all binary."""
+def encode_response(body: bytes, header_length: int, *, typed: bool, final: bool) -> list[Buffer]:
+    """A ModelInferResponse in pieces, of an HTTP answer whose outputs are all binary. `final` marks it as the last."""
     document = orjson.loads(body[:header_length])
     response = pb.ModelInferResponse(
         model_name=document["model_name"], model_version=document["model_version"], id=document["id"]
     )
+    if final:
+        response.parameters["triton_final_response"].bool_param = True
+    raw: list[Buffer] = []
+    view = memoryview(body)
     offset = header_length
     for each in document["outputs"]:
-        end = offset + each["parameters"]["binary_data_size"]
+        size = each["parameters"]["binary_data_size"]
+        data = view[offset : offset + size]
         output = response.outputs.add(name=each["name"], datatype=each["datatype"], shape=each["shape"])
         if typed:
-            _fill(output, body[offset:end])
+            _fill(output, bytes(data))
         else:
-            response.raw_output_contents.append(body[offset:end])
-        offset = end
-    return response
+            raw += (tagged(_RAW_OUTPUT, size), data)
+        offset += size
+    return [response.SerializeToString(), *raw]
 
 
 def parameters_of(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,16 +3,16 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from math import inf
 
-from google.protobuf.message import DecodeError
 from lepton_common.errors import Invalid, LeptonError
 from lepton_common.http2 import Stream
-from lepton_common.http11_request import Request
+from lepton_common.http11_request import Buffer, Request
 
 from lepton_gateway import inference_pb2 as pb
 from lepton_gateway.answers import Answer, Handle, request
-from lepton_gateway.rpc import PREFIX_BYTES, START, Call, Status, Unary, framed, status_of_http, trailers
-from lepton_gateway.rpc_codec import decode_response, encode_request, infer_target, wants_typed
+from lepton_gateway.rpc import PREFIX_BYTES, START, Call, Room, Status, Unary, framed, status_of_http, trailers
+from lepton_gateway.rpc_codec import encode_request, encode_response, infer_target, read_request, tagged, wants_typed
 
 Metadata = tuple[tuple[bytes, bytes], ...]
 
@@ -20,6 +20,8 @@ Metadata = tuple[tuple[bytes, bytes], ...]
 _MAX_UNDER_WAY = 64
 _MAX_UNSENT_BYTES = 8 << 20
 _GRAIN_S = 0.02
+
+_INFER_RESPONSE = pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER
 
 _TOLD = (b"x-lepton-version", b"retry-after", b"x-lepton-reason")
 
@@ -40,15 +42,14 @@ def ask(
     return asked
 
 
-def _ask_infer(call: Call, handle: Handle, data: bytes, then: Callable[[Answer, bool, bool], None]) -> Request:
+def _ask_infer(
+    call: Call, handle: Handle, data: bytes | bytearray, then: Callable[[Answer, bool, bool], None]
+) -> Request:
     """`then` gets the answer, whether it is wanted in typed contents, and whether a final one is to be marked."""
-    try:
-        message = pb.ModelInferRequest.FromString(data)
-    except DecodeError:
-        raise Invalid("the message is not a ModelInferRequest") from None
+    message, raw = read_request(data)
     if not message.model_name:
         raise Invalid("model_name is missing")
-    header_length, body = encode_request(message)
+    header_length, body = encode_request(message, raw)
     typed = wants_typed(message)
     final = "triton_enable_empty_final_response" in message.parameters
     return ask(
@@ -62,19 +63,21 @@ def _ask_infer(call: Call, handle: Handle, data: bytes, then: Callable[[Answer, 
     )
 
 
-def _response(answer: Answer, typed: bool) -> pb.ModelInferResponse:
-    return decode_response(answer.body, int(answer.headers[b"inference-header-content-length"]), typed=typed)
+def _response(answer: Answer, *, typed: bool, final: bool) -> list[Buffer]:
+    """A ModelInferResponse in pieces."""
+    header_length = int(answer.headers[b"inference-header-content-length"])
+    return encode_response(answer.body, header_length, typed=typed, final=final)
 
 
 class ModelInfer(Unary):
     """One inference."""
 
-    def __init__(self, stream: Stream, max_message_bytes: int, handle: Handle) -> None:
-        super().__init__(stream, max_message_bytes)
+    def __init__(self, stream: Stream, room: Room, handle: Handle) -> None:
+        super().__init__(stream, room)
         self._handle = handle
         self._request: Request | None = None
 
-    def asked(self, message: bytes) -> None:
+    def asked(self, message: bytes | bytearray) -> None:
         self._request = _ask_infer(self, self._handle, message, self._answered)
 
     def _answered(self, answer: Answer, typed: bool, final: bool) -> None:
@@ -82,12 +85,13 @@ class ModelInfer(Unary):
             self.end(status_of_http(answer.status), answer.error, metadata_of(answer))
             return
         try:
-            self.answer(_response(answer, typed).SerializeToString(), metadata_of(answer))
+            self.answer(_response(answer, typed=typed, final=False), metadata_of(answer))
         except Exception as error:  # Of this answer only.
             self.refuse(error)
 
     def lost(self) -> None:
         """The caller left: the mesh and the worker hear of it."""
+        super().lost()
         if self._request is not None and self._request.on_disconnect is not None:
             self._request.on_disconnect()
 
@@ -95,11 +99,12 @@ class ModelInfer(Unary):
 class ModelStreamInfer(Call):
     """Inferences one after the other; their answers come in the same order. An error ends one inference only."""
 
-    def __init__(self, stream: Stream, max_message_bytes: int, handle: Handle) -> None:
-        super().__init__(stream, max_message_bytes)
+    def __init__(self, stream: Stream, room: Room, handle: Handle) -> None:
+        super().__init__(stream, room)
         self._handle = handle
         self._buffer = bytearray()
         self._unpaid = 0  # bytes that came and that the peer was not told to send more for
+        self._size: int | None = None  # of the message that comes in, once it is known: so much room it has
         self._under_way: deque[_Turn] = deque()
         self._ended = False
         self._started = False
@@ -117,6 +122,12 @@ class ModelStreamInfer(Call):
         for turn in self._under_way:
             if turn.request is not None and turn.request.on_disconnect is not None:
                 turn.request.on_disconnect()
+        self._leave()
+
+    def _leave(self) -> None:
+        """All room is free again."""
+        self.room.free += sum(turn.size for turn in self._under_way) + (self._size or 0)
+        self._size = None
         self._under_way.clear()
         self._buffer.clear()
 
@@ -139,43 +150,59 @@ class ModelStreamInfer(Call):
         """Whether there was a whole message. Raises what makes the rest of the stream unreadable."""
         self.stream.credit(self._unpaid)
         self._unpaid = 0
-        prefix = bytes(self._buffer[:PREFIX_BYTES])
-        if len(prefix) < PREFIX_BYTES:
+        if self._size is None and len(self._buffer) >= PREFIX_BYTES:
+            size = int.from_bytes(self._buffer[1:PREFIX_BYTES], "big")
+            self.room.take(size)
+            self._size = size
+        if self._size is None or len(self._buffer) < PREFIX_BYTES + self._size:
+            if self._buffer and self.stream.body_deadline == inf:
+                self.stream.await_body()
             return False
-        end = PREFIX_BYTES + self.check_size(prefix)
-        if len(self._buffer) < end:
-            return False
-        message = self.message_of(prefix, bytes(self._buffer[PREFIX_BYTES:end]))
-        del self._buffer[:end]
-        turn = _Turn()
+        self.stream.body_deadline = inf
+        turn = _Turn(self._size)
         self._under_way.append(turn)
+        self._size = None
+        message = self._pop(PREFIX_BYTES + turn.size)
 
         def answered(answer: Answer, typed: bool, final: bool) -> None:
-            turn.answer = _stream_response(self, answer, typed, final)
+            turn.answer = _stream_response(self, answer, typed=typed, final=final)
             self._send_answers()
 
         try:
             turn.request = _ask_infer(self, self._handle, message, answered)
         except Exception as error:  # It ends this inference, not the others.
-            turn.answer = pb.ModelStreamInferResponse(error_message=self.guarded(error).message)
+            turn.answer = _stream_error(self.guarded(error).message)
             self._send_answers()
         return True
+
+    def _pop(self, end: int) -> bytes | bytearray:
+        """The first message, out of the buffer. Raises Invalid."""
+        if len(self._buffer) == end:
+            message, self._buffer = self._buffer, bytearray()
+        else:
+            message = self._buffer[:end]
+            del self._buffer[:end]
+        prefix = bytes(message[:PREFIX_BYTES])
+        del message[:PREFIX_BYTES]
+        return self.message_of(prefix, message)
 
     def _send_answers(self) -> None:
         """What is answered is sent, up to the first that is not."""
         moved = False
         while self._under_way and (answer := self._under_way[0].answer) is not None:
-            self._under_way.popleft()
+            self.room.free += self._under_way.popleft().size
             if not self._started:
                 self._started = True
                 self.stream.start(START)
-            self.stream.send(framed(answer.SerializeToString()))
+            for each in framed(answer):
+                self.stream.send(each)
             moved = True
         if moved:
             # Not from here: answers that come at once would nest as deep as there are messages.
             asyncio.get_running_loop().call_soon(self._take)
 
     def _finish(self, error: LeptonError | None) -> None:
+        self._leave()
         if error is not None and not self._started:
             self.refuse(error)
         elif not self._started:
@@ -187,20 +214,23 @@ class ModelStreamInfer(Call):
 class _Turn:
     """One message of a stream."""
 
-    __slots__ = ("answer", "request")
+    __slots__ = ("answer", "request", "size")
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        self.size = size
         self.request: Request | None = None
-        self.answer: pb.ModelStreamInferResponse | None = None
+        self.answer: list[Buffer] | None = None  # a ModelStreamInferResponse in pieces
 
 
-def _stream_response(call: Call, answer: Answer, typed: bool, final: bool) -> pb.ModelStreamInferResponse:
+def _stream_response(call: Call, answer: Answer, *, typed: bool, final: bool) -> list[Buffer]:
     if answer.status != 200:
-        return pb.ModelStreamInferResponse(error_message=answer.error)
+        return _stream_error(answer.error)
     try:
-        response = _response(answer, typed)
+        response = _response(answer, typed=typed, final=final)
     except Exception as error:  # Of this answer only.
-        return pb.ModelStreamInferResponse(error_message=call.guarded(error).message)
-    if final:
-        response.parameters["triton_final_response"].bool_param = True
-    return pb.ModelStreamInferResponse(infer_response=response)
+        return _stream_error(call.guarded(error).message)
+    return [tagged(_INFER_RESPONSE, sum(map(len, response))), *response]
+
+
+def _stream_error(message: str) -> list[Buffer]:
+    return [pb.ModelStreamInferResponse(error_message=message).SerializeToString()]

@@ -11,40 +11,47 @@ from grpc_reflection.v1alpha.reflection_pb2 import (
     ServerReflectionResponse,
     ServiceResponse,
 )
-from lepton_common.errors import Invalid, LeptonError, NotFound
-from lepton_common.http2 import Stream
+from lepton_common.errors import Invalid, LeptonError, NotFound, TooLarge
+from lepton_common.http2 import Code, Stream
 
 from lepton_gateway import inference_pb2
-from lepton_gateway.rpc import PREFIX_BYTES, START, Call, Status, framed, trailers
+from lepton_gateway.rpc import PREFIX_BYTES, START, Call, Room, Status, framed, trailers
 
 SERVICE = "grpc.reflection.v1alpha.ServerReflection"
 
 _DESCRIPTORS: tuple[FileDescriptor, ...] = (inference_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR)  # type: ignore[assignment]
 _FILES = {each.name: each for each in _DESCRIPTORS}
 _MAX_MESSAGE_BYTES = 64 << 10
+_MAX_UNSENT_BYTES = 1 << 20
 
 
 class Reflection(Call):
     """Questions and answers in turn."""
 
     def __init__(self, stream: Stream) -> None:
-        super().__init__(stream, _MAX_MESSAGE_BYTES)
+        super().__init__(stream, Room(_MAX_MESSAGE_BYTES))
         self._buffer = b""
         self._started = False
 
     def received(self, data: bytes) -> None:
         self._buffer += data
         self.stream.credit(len(data))
+        if self.stream.unsent_bytes > _MAX_UNSENT_BYTES:  # Asked, and the answers not taken.
+            self.stream.reset(Code.ENHANCE_YOUR_CALM)
+            return
         try:
             while len(self._buffer) >= PREFIX_BYTES:
                 prefix = self._buffer[:PREFIX_BYTES]
-                end = PREFIX_BYTES + self.check_size(prefix)
+                end = PREFIX_BYTES + int.from_bytes(prefix[1:], "big")
+                if end > _MAX_MESSAGE_BYTES:
+                    raise TooLarge(f"message: {end} bytes, at most {_MAX_MESSAGE_BYTES} are taken")
                 if len(self._buffer) < end:
                     return
                 message = self.message_of(prefix, self._buffer[PREFIX_BYTES:end])
                 self._buffer = self._buffer[end:]
                 self._start()
-                self.stream.send(framed(_answer(message).SerializeToString()))
+                for each in framed([_answer(message).SerializeToString()]):
+                    self.stream.send(each)
         except LeptonError as error:
             self._start()
             self.stream.end(trailers(Status.INVALID_ARGUMENT, error.message))
@@ -62,9 +69,9 @@ class Reflection(Call):
             self.stream.start(START)
 
 
-def _answer(message: bytes) -> ServerReflectionResponse:
+def _answer(message: bytes | bytearray) -> ServerReflectionResponse:
     try:
-        request = ServerReflectionRequest.FromString(message)
+        request = ServerReflectionRequest.FromString(bytes(message))
     except DecodeError:
         raise Invalid("the message is not a ServerReflectionRequest") from None
     response = ServerReflectionResponse(valid_host=request.host, original_request=request)
