@@ -97,7 +97,7 @@ RULES: dict[str, dict[str, frozenset[str]]] = {
         "PUT /v1/serving/{model}/cache": DEPLOY,
         "DELETE /v1/serving/{model}/cache": DEPLOY,
     },
-    "monitor": {**OPERATIONAL, "GET /v1/windows": READ, "POST /v1/windows/counters": TEST},
+    "monitor": {**OPERATIONAL, "GET /v1/windows": READ, "POST /v1/windows/counters": TEST, "GET /v1/labels": READ},
     "gateway": {
         **{
             f"{verb} {path}": EVERYBODY
@@ -124,7 +124,7 @@ RULES: dict[str, dict[str, frozenset[str]]] = {
 }
 # A model can be named elsewhere than in the path.
 MODEL = "matrix-model"
-QUERIES = {"GET /v1/windows": {"model": MODEL}, "GET /v1/rollouts": {"model": MODEL}}
+QUERIES = {f"GET /v1/{noun}": {"model": MODEL} for noun in ("windows", "labels", "rollouts")}
 BODIES: dict[str, dict[str, Any]] = {
     "POST /v1/rollouts": {"model": MODEL, "version": 99},
     "POST /v1/windows/counters": {"model": MODEL, "version": 1, "counter": "refunds", "count": 1},

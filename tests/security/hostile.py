@@ -17,6 +17,7 @@ SERVICE_OF = {
     "/v1/mesh": "rollout",
     "/v1/serving": "rollout",
     "/v1/windows": "monitor",
+    "/v1/labels": "monitor",
     "/v1/": "registry",
     "/v2": "gateway",
 }

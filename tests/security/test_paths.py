@@ -66,6 +66,7 @@ ROUTES = (
     ("POST", "/v1/serving/{}/load", b"{}"),
     ("POST", "/v1/serving/{}/rollback", b"{}"),
     ("GET", "/v1/windows?model={}", None),
+    ("GET", "/v1/labels?model={}", None),
     ("POST", "/v2/models/{}/infer", b"{}"),
     ("GET", "/v2/models/{}/config", None),
     ("GET", "/v2/models/{}/versions/1/stats", None),

@@ -80,6 +80,7 @@ def front(recipe: Envoy) -> Iterator[httpx.Client]:
         ("/v1/servings", "registry"),
         ("/v1/windows?model=m", "monitor"),
         ("/v1/windows/counters", "monitor"),
+        ("/v1/labels?model=m", "monitor"),
         ("/v1/rolloutsandmore", "registry"),
     ],
 )

@@ -113,7 +113,7 @@ def test_a_dead_letter_is_listed_and_put_back_once_as_it_was(kafka: str, lepton:
 
 def test_what_is_wrong_is_said_with_what_to_do_next(lepton: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, code, told in (
-        (("tail", "--topic", "lepton.model"), 4, "There are lepton.ingest, lepton.ingest.dlq"),
+        (("tail", "--topic", "lepton.model"), 4, "lepton.ingest, lepton.ingest.dlq, lepton.labels"),
         (("dlq", "list", "--topic", "nothing"), 4, "There is no topic 'nothing'."),
         (("dlq", "replay"), 2, "say which: --topic, or --id"),
         (("dlq", "replay", "--id", "9"), 4, "There is no dead letter '9'."),

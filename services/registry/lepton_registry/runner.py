@@ -24,7 +24,7 @@ AT_ONCE, AT_ONCE_OF_A_TENANT = 4, 2
 LEASE_S = 30.0
 TRIES = 6
 _LONGEST_S = 1800.0
-_POLL_S = 2.0
+_POLL_S = 5.0
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
 

@@ -3,8 +3,9 @@
 import asyncio
 import hashlib
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,17 @@ from cloudevents.core.v1.event import CloudEvent
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Producer, TopicPartition
 from lepton.policies import PRESETS
 from lepton_common.asked import Ingest
+from lepton_common.auth import Caller
 from lepton_common.blobs import Blobs
 from lepton_common.db import Database, migrate
-from lepton_common.errors import Conflict
+from lepton_common.errors import Conflict, Forbidden
+from lepton_common.foreign import read
 from lepton_common.kafka import KafkaBus
 from lepton_common.outbound import Outbound
+from lepton_common.records import Scope
 from lepton_common.telemetry import Telemetry
-from lepton_registry import store_ingests
+from lepton_registry import handlers, store_ingests
+from lepton_registry.handlers import on_ingest
 from lepton_registry.inspector import ChildInspector
 from lepton_registry.pushes import Intake
 from lepton_registry.runner import Ingests
@@ -45,7 +50,9 @@ class Program:
     def __init__(self, broker: str) -> None:
         self._producer = Producer({"bootstrap.servers": broker, "linger.ms": 0})
         self._consumer = Consumer({"bootstrap.servers": broker, "group.id": "unused", "enable.auto.commit": False})
-        partitions = [(topic, number) for topic in ("lepton.models", "lepton.ingest.dlq") for number in range(6)]
+        partitions = [
+            (topic, number) for topic in ("lepton.models", "lepton.audit", "lepton.ingest.dlq") for number in range(6)
+        ]
         self._consumer.assign([TopicPartition(*each, OFFSET_BEGINNING) for each in partitions])
         self._told: list[dict[str, Any]] = []
 
@@ -56,13 +63,15 @@ class Program:
 
     async def told(self, request: str) -> dict[str, Any]:
         """What came of the request: the event's value with its type, or the dead letter's headers."""
+        return await self.first(lambda each: bool(each.get("request", each.get("id")) == request))
+
+    async def first(self, is_meant: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The first event or dead letter that is meant, as soon as it is there."""
         async with asyncio.timeout(60):
-            while True:
-                for each in self._told:
-                    if each.get("request", each.get("id")) == request:
-                        return each
-                found: list[Any] = await asyncio.to_thread(self._consumer.consume, 100, 0.05)
-                self._told += [_told(each) for each in found]
+            while not (found := [each for each in self._told if is_meant(each)]):
+                messages: list[Any] = await asyncio.to_thread(self._consumer.consume, 100, 0.05)
+                self._told += [_told(each) for each in messages]
+        return found[0]
 
     def close(self) -> None:
         self._consumer.close()
@@ -137,6 +146,9 @@ async def exchange(client: httpx.AsyncClient, program: Program, folder: Path) ->
         assert letter["lepton-dlq-reason"] == why
         assert error in letter["lepton-dlq-error"]
         assert not {"authorization", "Authorization"} & letter.keys()
+
+    refused = await program.first(lambda each: each.get("type") == "AccessRefused")
+    assert (refused["what"], refused["peer"], refused["status"]) == ("lepton.ingest", "kafka", 401)
 
     registered = [each for each in program._told if each.get("type") == "VersionRegistered"]
     assert [(each["version"], each["rollout"], each["policy"]) for each in registered] == [
@@ -226,3 +238,23 @@ async def emitted(db: Database) -> list[tuple[str, str]]:
     async with db.transaction() as tx:
         rows = (await tx.execute("SELECT type, payload FROM outbox ORDER BY seq")).all()
     return [(kind, orjson.loads(payload)["reason"]) for kind, payload in rows]
+
+
+async def test_a_key_for_some_models_pushes_those_only_and_a_tenant_cannot_pile_up_pushes(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = Caller("default", frozenset({Scope.DEPLOY}), "1", "ci", models=("fraud-*",))
+    sources = Sources([], Outbound())
+
+    async def push(model: str) -> None:
+        data = orjson.dumps({"model": model, "sha256": "0" * 64})
+        message = replace(read([], data), id=uuid4().hex)
+        async with db.transaction() as tx:
+            await on_ingest(message, caller, tx, sources=sources, at=datetime.now(UTC))
+
+    await push("fraud-eu")
+    with pytest.raises(Forbidden, match="for the models fraud-"):
+        await push("digits")
+    monkeypatch.setattr(handlers, "MOST_WAITING", 1)
+    with pytest.raises(Conflict, match="has 1 pushes waiting: replay this one later"):
+        await push("fraud-us")
