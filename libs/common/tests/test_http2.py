@@ -370,11 +370,11 @@ async def test_leaving_answers_what_was_on_its_way_and_closes() -> None:
     talk.connection.sender.flush()
     assert talk.seen == [(3, "ended", b"on its way")]
     assert goaway_frame(3, Code.NO_ERROR, "") in talk.transport.written
-    assert not talk.transport.ended
+    assert not talk.is_over()
     talk.begin(5, ends=True)  # It knew.
     talk.client.send_data(1, b"the last", end_stream=True)
     talk.connection.data_received(talk.client.data_to_send())
-    assert talk.transport.ended
+    assert talk.is_over()
     assert talk.seen[1:] == [(1, "ended", b"the last")]
 
 
