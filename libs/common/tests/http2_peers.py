@@ -87,6 +87,10 @@ class Talk:
         self.events: list[Event] = []
         self.bodies: Counter[int] = Counter()
 
+    def is_over(self) -> bool:
+        """Whether our side has closed the connection."""
+        return self.transport.ended
+
     def begin(self, number: int, *, ends: bool = False, more: Sequence[tuple[str, str]] = ()) -> None:
         self.client.send_headers(number, [*HEADERS, *more], end_stream=ends)
 

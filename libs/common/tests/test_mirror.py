@@ -25,10 +25,6 @@ class TalkativeEtcd(Etcd):
     def argv(self) -> list[str]:
         return [*super().argv(), "--experimental-watch-progress-notify-interval=200ms"]
 
-    def is_over(self) -> bool:
-        """Whether our side has closed the connection."""
-        return self.transport.ended
-
     def ctl(self, *arguments: str) -> None:
         program = Path(etcd_program()).with_name("etcdctl")
         subprocess.run([program, "--endpoints", self.address, *arguments], check=True, capture_output=True)
