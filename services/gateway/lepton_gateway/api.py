@@ -121,8 +121,9 @@ class Api:
         version = _wanted_version(request, caller, target)
         route = self._route(caller, target, version)
         ask = partial(self._ask_model, caller, route, version)
-        # A key with limits of its own asks the model every time: that is where they are counted.
-        cache = route.cache if caller.limits is NO_LIMITS else None
+        # The limits of a key are counted where the model is asked. Work in the background, of which there is much, must
+        # not push out what callers ask for.
+        cache = route.cache if caller.limits is NO_LIMITS and not request.background else None
         if cache is None or not cache.answer(request, version, ask):
             ask(request)
 

@@ -79,7 +79,7 @@ class ResponseCache:
         key = key_of(version, request)
         kept = self._answers.find(key)
         # Who has less time, or more, than those who wait already waits with others of their kind.
-        kind = (key, request.headers.get(_TIMEOUT), request.background)
+        kind = (key, request.headers.get(_TIMEOUT))
         flight = self._flights.get(kind)
         if kept is not None:
             self._counts.add(version, hit=True, took_ns=time.perf_counter_ns() - began)
@@ -147,7 +147,6 @@ class _Flight:
         """The model is asked what the request asks, which waits here."""
         self.looked_ns = time.perf_counter_ns() - self.waiting[request]
         asked = answers.request(request.method, request.target, headers, request.body, self._answered, request.peer)
-        asked.background = request.background
         self._asked = asked
         self.ask(asked)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from lepton_common.http11 import JSON, Request
-from lepton_common.records import Cache, Serving, Shadow, Share, Sticky, VersionMatch
+from lepton_common.records import Cache, KeyLimits, Scope, Serving, Shadow, Share, Sticky, VersionMatch
 from lepton_gateway.answers import Answer
 from lepton_gateway.answers import request as request_of
 from lepton_gateway.cache import Answers, Kept, Memory, key_of, sole_version
@@ -224,6 +224,15 @@ async def test_equal_requests_ask_once_and_a_changed_record_asks_again(lab: Lab)
     assert 'lepton_gateway_cache_misses_total{model="m",tenant="acme",version="1"} 2.0' in metrics
     await cached(lab, 8)
     assert (await lab.client.post(INFER, content=b"{}")).headers["x-lepton-cache"] == "miss"
+
+
+async def test_a_key_with_limits_of_its_own_asks_the_model_where_they_are_counted(lab: Lab) -> None:
+    await cached(lab, 7)
+    key = await lab.new_key(Scope.INFER, limits=KeyLimits(per_day=2))
+    await lab.until("/v2/models/m/ready", 200, key=key)
+    answers = [await lab.client.post(INFER, headers={"authorization": f"Bearer {key}"}) for _ in range(3)]
+    assert [each.status_code for each in answers] == [200, 200, 429]
+    assert "x-lepton-cache" not in answers[1].headers
 
 
 async def test_only_the_expected_versions_200_is_kept(lab: Lab) -> None:
