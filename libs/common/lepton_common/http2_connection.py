@@ -20,7 +20,7 @@ from lepton_common.http2_frames import (
 from lepton_common.http2_reading import FrameReader
 from lepton_common.http2_receiving import FRAME, WORK, Receiver
 from lepton_common.http2_sending import Sender
-from lepton_common.http2_stream import Stream
+from lepton_common.http2_stream import Sink, Stream
 
 if TYPE_CHECKING:
     from lepton_common.http2 import Server
@@ -210,10 +210,10 @@ class Connection(asyncio.Protocol):
 
     def lose(self, stream: Stream) -> None:
         """The request is not wanted any more."""
-        self._forget(stream)
-        if stream.sink is not None:
+        sink = self._forget(stream)
+        if sink is not None:
             try:
-                stream.sink.lost()
+                sink.lost()
             except Exception as error:  # A sink's mistake costs nobody else anything.
                 self.server.failed(stream, error)
 
@@ -228,12 +228,15 @@ class Connection(asyncio.Protocol):
             self.receiver.give_up(stream.id, Code.NO_ERROR)  # What the peer still sends of it is not wanted.
         self._forget(stream)
 
-    def _forget(self, stream: Stream) -> None:
+    def _forget(self, stream: Stream) -> Sink | None:
+        """The stream is closed; who took its body, and leads back to it, stands in it no more."""
         stream.closed = True
+        sink, stream.sink = stream.sink, None
         self.receiver.streams.pop(stream.id, None)
         self.sender.forget(stream)
         if not self.receiver.streams and self.receiver.told != MAX_WINDOW and not self._deaf:
             self._close()
+        return sink
 
     # --- the server's side, and the end ---
 

@@ -70,9 +70,11 @@ class Receiver:
         stream = self.streams[number] = Stream(connection, number, head, connection.sender.stream_window)
         stream._ended = ends
         try:
-            stream.sink = self._server.handler(stream)
-            if ends and not stream.closed:
-                self._end(stream)
+            sink = self._server.handler(stream)
+            if not stream.closed:
+                stream.sink = sink
+                if ends:
+                    self._end(stream)
         except Exception as error:  # A handler's mistake costs its own request only.
             connection.failed(stream, error)
 

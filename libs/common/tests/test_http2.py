@@ -1,5 +1,8 @@
 """The HTTP/2 server against the `h2` library: what it answers, what it bounds, and how it ends."""
 
+import gc
+import weakref
+
 import pytest
 from h2.settings import SettingCodes
 from lepton_common.http2 import Code, ServerLimits, Sink, Stream, literal
@@ -14,7 +17,7 @@ from lepton_common.http2_frames import (
     window_frame,
 )
 
-from .http2_peers import HEADERS, Talk
+from .http2_peers import HEADERS, Echo, Talk
 
 BEGUN = [(1, "lost", b"")]
 
@@ -261,6 +264,25 @@ async def test_a_handlers_mistake_costs_its_own_request() -> None:
     assert told == ["handler of /echo failed"]
     assert ("reset 2", 1) in talk.story
     assert talk.seen == [(3, "ended", b"fine")]
+
+
+async def test_an_answered_request_is_gone_without_the_garbage_collector() -> None:
+    talk = Talk()
+    sinks: list[weakref.ref[Sink]] = []
+
+    def handler(stream: Stream) -> Sink:
+        sink = Echo(stream, talk.seen)
+        sinks.append(weakref.ref(sink))
+        return sink
+
+    talk.server.handler = handler
+    gc.disable()
+    try:
+        talk.request(1, b"large")
+        talk.pass_on()
+        assert sinks[0]() is None
+    finally:
+        gc.enable()
 
 
 # --- time ---

@@ -15,7 +15,7 @@ class Answer:
 
     def __init__(self, peer: str, then: "Callable[[Answer], None]") -> None:
         self.peer = peer
-        self._then = then
+        self._then: Callable[[Answer], None] | None = then
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
         self.body = b""
@@ -27,7 +27,9 @@ class Answer:
             name, _, value = line.partition(b": ")
             self.headers[name] = value
         self.body = bytes(body) if isinstance(body, Buffer) else b"".join(body)
-        self._then(self)
+        then, self._then = self._then, None  # It leads back to here: both bodies would be garbage in a cycle.
+        if then is not None:
+            then(self)
 
     @property
     def error(self) -> str:

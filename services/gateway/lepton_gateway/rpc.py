@@ -207,12 +207,11 @@ class Unary(Call):
                 size = int.from_bytes(self._body[1:PREFIX_BYTES], "big")
                 self.room.take(size)
                 self._size = size
+                self.stream.credit(size)  # All of it: what there is room for need not wait for leave again and again.
             if len(self._body) > PREFIX_BYTES + (self._size or 0):
                 raise Invalid("the body has more than one message")
         except LeptonError as error:
             self.refuse(error)
-        else:
-            self.stream.credit(len(data))
 
     def ended(self) -> None:
         body, self._body = self._body, b""

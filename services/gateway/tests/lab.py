@@ -82,6 +82,7 @@ class Lab:
     client: httpx.AsyncClient
     address: tuple[str, int]
     admin: str
+    grpc_address: tuple[str, int]
     mesh: Mesh
     mesh_server: Server
     etcd: EtcdClient
@@ -174,6 +175,7 @@ async def running(
     settings = Settings(
         port=free_port(),
         admin_port=free_port(),
+        grpc_port=free_port(),
         mesh=f"{host}:{port}",
         rollout_url=rollout_url,
         keyless_loopback=keyless,
@@ -192,7 +194,8 @@ async def running(
         assert not serving.done()
     gateway = ("127.0.0.1", settings.port)
     async with httpx.AsyncClient(base_url=f"http://{gateway[0]}:{gateway[1]}", timeout=10) as client:
-        lab = Lab(client, gateway, f"http://127.0.0.1:{settings.admin_port}", mesh, mesh_server, etcd, windows, "")
+        admin, grpc = f"http://127.0.0.1:{settings.admin_port}", (gateway[0], settings.grpc_port)
+        lab = Lab(client, gateway, admin, grpc, mesh, mesh_server, etcd, windows, "")
         lab.key = await lab.new_key(Scope.INFER)
         client.headers["authorization"] = f"Bearer {lab.key}"
         await lab.serve("m", 1)
