@@ -31,6 +31,11 @@ _FORWARDED_FOR = {
     "header": {"key": "x-forwarded-for", "value": "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"},
     "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
 }
+# When the request came, in Unix time: a trace tells from it what the front door took.
+_CAME = {
+    "header": {"key": "x-request-start", "value": "t=%START_TIME(%s.%6f)%"},
+    "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+}
 _PROBLEM = {"type": "about:blank", "status": "%RESPONSE_CODE%", "detail": "%LOCAL_REPLY_BODY%"}
 _OIP_ERROR = {"error": "%LOCAL_REPLY_BODY%"}
 
@@ -146,7 +151,7 @@ def _front() -> dict[str, Any]:
         "route_config": {
             "name": "front",
             "virtual_hosts": [{"name": "front", "domains": ["*"], "routes": routes}],
-            "request_headers_to_add": [_FORWARDED_FOR],
+            "request_headers_to_add": [_FORWARDED_FOR, _CAME],
         },
         # What stands before it is the outside: its x-envoy- headers are not obeyed.
         "use_remote_address": True,

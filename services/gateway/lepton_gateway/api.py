@@ -32,6 +32,7 @@ from lepton_gateway.domain import (
 )
 from lepton_gateway.proxy import Proxy
 from lepton_gateway.repository import Repository, ready_only
+from lepton_gateway.request_ids import id_line
 from lepton_gateway.routes import Route, Routes
 
 _VERSION = version("lepton-gateway")
@@ -79,6 +80,8 @@ class Api:
             Page.UNLOAD: self._change,
             Page.TRACE: self._trace,
             Page.LOGGING: self._logging,
+            Page.TRACES: self._traces,
+            Page.TRACED: self._traced,
             Page.SHARED_MEMORY: self._shared_memory,
             Page.PROCESS_LIVE: lambda request, target: answer(request, {"status": "live"}),
             Page.PROCESS_READY: self._process_ready,
@@ -225,6 +228,15 @@ class Api:
             self._callers.check_reader(request)
             answer(request, logs.view())
 
+    def _traces(self, request: Request, target: Target) -> None:
+        caller = self._callers.check(request, Scope.READ)
+        found = self._proxy.tracing.traces.newest_first(caller)
+        answer(request, [each.model_dump(mode="json") for each in found])
+
+    def _traced(self, request: Request, target: Target) -> None:
+        caller = self._callers.check(request, Scope.READ)
+        answer(request, self._proxy.tracing.traces.get(caller, target.request_id).model_dump(mode="json"))
+
     def _later(self, request: Request, work: Awaitable[Any]) -> None:
         """Answer with what `work` returns as JSON; None is an empty answer."""
         task = asyncio.ensure_future(self._answer_later(request, work))
@@ -241,7 +253,7 @@ class Api:
             self._refuse(request, LeptonError("internal error"))
         else:
             if document is None:
-                request.respond(200, JSON)
+                request.respond(200, JSON + id_line(request))
             else:
                 answer(request, document)
 
@@ -259,7 +271,7 @@ class Api:
         if isinstance(error, Denied):
             self._callers.refused(request, error, self._asked(request))
         self.refused[status] = self.refused.get(status, 0) + 1
-        request.respond(status, headers, error_body(error.message))
+        request.respond(status, headers + id_line(request), error_body(error.message))
 
     def _asked(self, request: Request) -> str:
         """What the caller wanted, without what it sent: there may be a secret in a path."""
@@ -285,4 +297,4 @@ def _wanted_version(request: Request, caller: Caller, target: Target) -> int | N
 
 
 def answer(request: Request, document: Any, status: int = 200, headers: bytes = b"") -> None:
-    request.respond(status, JSON + headers, orjson.dumps(document))
+    request.respond(status, JSON + headers + id_line(request), orjson.dumps(document))
