@@ -108,12 +108,12 @@ RULES: dict[str, dict[str, frozenset[str]]] = {
             f"{verb} {path}{what}": LOOK
             for verb in ("GET", "HEAD")
             for path in (OF_MODEL, OF_VERSION)
-            for what in ("", "/ready", "/config", "/stats", "/trace/setting")
+            for what in ("", "/ready", "/config", "/stats", "/docs", "/trace/setting")
         },
         **{f"POST {path}/infer": INFER for path in (OF_MODEL, OF_VERSION)},
         **{f"POST {path}/trace/setting": DEPLOY for path in (OF_MODEL, OF_VERSION)},
         **{f"{verb} /v2/models/stats": LOOK for verb in ("GET", "HEAD")},
-        **{f"{verb} /v2/{what}": LOOK for verb in ("GET", "HEAD") for what in ("trace/setting", "logging")},
+        **{f"{verb} /v2/{what}": LOOK for verb in ("GET", "HEAD") for what in ("trace/setting", "logging", "docs")},
         **{f"{verb} /v2/traces{what}": READ for verb in ("GET", "HEAD") for what in ("", "/{request_id}")},
         "POST /v2/trace/setting": OPERATOR,
         "POST /v2/logging": OPERATOR,

@@ -124,6 +124,7 @@ class Envoy:
 def _front() -> dict[str, Any]:
     """The front door's connection manager: `/v2` and gRPC to the gateway, `/v1` to registry, rollout and monitor."""
     routes = [
+        *(_document(service) for service in ("registry", "rollout", "monitor")),
         _route("/v2", "gateway", repeatable=True),
         *(_route(f"/{name}", "gateway-grpc", repeatable=True) for name in _GRPC_SERVICES),
         *(_route(f"/v1/{noun}", "rollout") for noun in ("rollouts", "serving", "policies", "mesh")),
@@ -226,6 +227,15 @@ def _route(path: str, cluster: str, *, repeatable: bool = False) -> dict[str, An
     return {
         "match": {"path_separated_prefix": path},
         "route": {"cluster": cluster, "timeout": "0s", "retry_policy": retries},
+    }
+
+
+def _document(service: str) -> dict[str, Any]:
+    """The service's OpenAPI document."""
+    route = _route(f"/v1/openapi/{service}.json", service)
+    return {
+        "match": {"path": f"/v1/openapi/{service}.json"},
+        "route": {**route["route"], "prefix_rewrite": "/openapi.json"},
     }
 
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Awaitable, Callable
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import structlog
@@ -15,9 +15,11 @@ from lepton_common.errors import Denied, Invalid, LeptonError, NotFound, Unavail
 from lepton_common.health import Readiness
 from lepton_common.http11 import JSON, Request, error_body
 from lepton_common.records import Scope
+from lepton_common.signature import Signature
 from lepton_common.types import checked_name
 
 from lepton_gateway.callers import Callers
+from lepton_gateway.docs import Docs
 from lepton_gateway.domain import (
     METHODS,
     NotAllowed,
@@ -43,6 +45,7 @@ _START_PATIENCE_S, _START_GRAIN_S = 5.0, 0.05
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
+T = TypeVar("T")
 Handler = Callable[[Request, Target], None]
 
 
@@ -65,6 +68,7 @@ class Api:
         self._ways = proxy.ways(self._refuse)
         self.refused: dict[int, int] = {}  # answers that the gateway gave instead of the mesh, by status
         self._targets: dict[bytes, Target] = {}
+        self._docs = Docs()
         self._tasks: set[asyncio.Task[None]] = set()
         self._pages: dict[Page, Handler] = {
             Page.INFER: self._infer,
@@ -82,6 +86,8 @@ class Api:
             Page.LOGGING: self._logging,
             Page.TRACES: self._traces,
             Page.TRACED: self._traced,
+            Page.DOCS: self._docs_index,
+            Page.MODEL_DOCS: self._docs_of_model,
             Page.SHARED_MEMORY: self._shared_memory,
             Page.PROCESS_LIVE: lambda request, target: answer(request, {"status": "live"}),
             Page.PROCESS_READY: self._process_ready,
@@ -237,13 +243,28 @@ class Api:
         caller = self._callers.check(request, Scope.READ)
         answer(request, self._proxy.tracing.traces.get(caller, target.request_id).model_dump(mode="json"))
 
-    def _later(self, request: Request, work: Awaitable[Any]) -> None:
-        """Answer with what `work` returns as JSON; None is an empty answer."""
-        task = asyncio.ensure_future(self._answer_later(request, work))
+    def _docs_index(self, request: Request, target: Target) -> None:
+        caller = self._callers.check_reader(request)
+        self._docs.index(request, [route.serving.model for route in self._routes.of(caller)])
+
+    def _docs_of_model(self, request: Request, target: Target) -> None:
+        caller = self._callers.check_reader(request, target.model)
+        route = self._route(caller, target, target.version)
+        version = target.version or route.serving.stable or route.serving.split[0].version
+        named = "" if target.version is None else str(version)
+
+        def show(request: Request, signature: Signature) -> None:
+            self._docs.model(request, target.model, named, signature, keyless=not caller.key_id)
+
+        self._later(request, self._repository.signature(route, version), show)
+
+    def _later(self, request: Request, work: Awaitable[T], show: Callable[[Request, T], None] | None = None) -> None:
+        """Answer with what `work` returns, by `show`, else as JSON; None is an empty answer."""
+        task = asyncio.ensure_future(self._answer_later(request, work, show or answer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _answer_later(self, request: Request, work: Awaitable[Any]) -> None:
+    async def _answer_later(self, request: Request, work: Awaitable[T], show: Callable[[Request, T], None]) -> None:
         try:
             document = await work
         except LeptonError as error:
@@ -255,7 +276,7 @@ class Api:
             if document is None:
                 request.respond(200, JSON + id_line(request))
             else:
-                answer(request, document)
+                show(request, document)
 
     def _refuse(self, request: Request, error: LeptonError) -> None:
         """The error as every OIP client reads it."""

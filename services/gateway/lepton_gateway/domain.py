@@ -34,6 +34,8 @@ class Page(Enum):
     LOGGING = auto()
     TRACES = auto()
     TRACED = auto()
+    DOCS = auto()
+    MODEL_DOCS = auto()
     SHARED_MEMORY = auto()
     PROCESS_LIVE = auto()
     PROCESS_READY = auto()
@@ -55,6 +57,7 @@ _PAGES: Mapping[tuple[str, ...], Page] = {
     ("v2", "trace", "setting"): Page.TRACE,
     ("v2", "logging"): Page.LOGGING,
     ("v2", "traces"): Page.TRACES,
+    ("v2", "docs"): Page.DOCS,
     ("health", "live"): Page.PROCESS_LIVE,
     ("health", "ready"): Page.PROCESS_READY,
 }
@@ -65,6 +68,7 @@ _OF_MODEL: Mapping[tuple[str, ...], Page] = {
     ("config",): Page.CONFIG,
     ("stats",): Page.STATS,
     ("trace", "setting"): Page.TRACE,
+    ("docs",): Page.MODEL_DOCS,
 }
 _OF_REPOSITORY: Mapping[tuple[str, ...], Page] = {("load",): Page.LOAD, ("unload",): Page.UNLOAD}
 
