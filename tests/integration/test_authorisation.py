@@ -108,12 +108,13 @@ RULES: dict[str, dict[str, frozenset[str]]] = {
             f"{verb} {path}{what}": LOOK
             for verb in ("GET", "HEAD")
             for path in (OF_MODEL, OF_VERSION)
-            for what in ("", "/ready", "/config", "/stats", "/trace/setting")
+            for what in ("", "/ready", "/config", "/stats", "/docs", "/trace/setting")
         },
         **{f"POST {path}/infer": INFER for path in (OF_MODEL, OF_VERSION)},
         **{f"POST {path}/trace/setting": DEPLOY for path in (OF_MODEL, OF_VERSION)},
         **{f"{verb} /v2/models/stats": LOOK for verb in ("GET", "HEAD")},
-        **{f"{verb} /v2/{what}": LOOK for verb in ("GET", "HEAD") for what in ("trace/setting", "logging")},
+        **{f"{verb} /v2/{what}": LOOK for verb in ("GET", "HEAD") for what in ("trace/setting", "logging", "docs")},
+        **{f"{verb} /v2/traces{what}": READ for verb in ("GET", "HEAD") for what in ("", "/{request_id}")},
         "POST /v2/trace/setting": OPERATOR,
         "POST /v2/logging": OPERATOR,
         "POST /v2/repository/index": LOOK,
@@ -186,6 +187,7 @@ def known(platform: Platform) -> dict[str, str]:
         "sha256": pushed.sha256,
         "rollout": str(rollout.id),
         "key_id": "0" * 16,
+        "request_id": "1",
     }
 
 
@@ -296,6 +298,7 @@ def _pages() -> Iterator[tuple[str, gateway.Page]]:
             yield "/".join((prefix, *segments)), page
     for segments, page in gateway._OF_REPOSITORY.items():
         yield "/".join(("/v2/repository/models/{model}", *segments)), page
+    yield "/v2/traces/{request_id}", gateway.Page.TRACED
     yield "/v2/systemsharedmemory/status", gateway.Page.SHARED_MEMORY
 
 

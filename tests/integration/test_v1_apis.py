@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given
@@ -80,12 +79,9 @@ EXAMPLES = 20
 
 @pytest.fixture(scope="module")
 def documents(platform: Platform) -> dict[str, dict[str, Any]]:
-    """The services' OpenAPI documents. They are not for the front door."""
-    ports = platform.layout.ports
-    return {
-        service: httpx.get(f"http://127.0.0.1:{ports[service]}/openapi.json", trust_env=False).json()
-        for service in SERVICES
-    }
+    """The services' OpenAPI documents, as the front door has them."""
+    with platform.http(None) as http:
+        return {service: http.get(f"/v1/openapi/{service}.json").raise_for_status().json() for service in SERVICES}
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import structlog
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.propagators.textmap import Getter, Setter
+from opentelemetry.propagators.textmap import Getter
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -223,6 +223,7 @@ def _tracer_provider(service: str, otlp: str) -> TracerProvider:
 # --- W3C trace context in header lists ------------------------------------------------------------------------------
 
 _PROPAGATOR = TraceContextTextMapPropagator()
+_SAMPLED = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f][13579bdf](-.*)?")
 
 
 class _FromPairs(Getter[Collection[tuple[bytes, bytes]]]):
@@ -234,23 +235,17 @@ class _FromPairs(Getter[Collection[tuple[bytes, bytes]]]):
         return [name.decode("latin-1") for name, _ in carrier]
 
 
-class _ToPairs(Setter[list[tuple[bytes, bytes]]]):
-    def set(self, carrier: list[tuple[bytes, bytes]], key: str, value: str) -> None:
-        carrier.append((key.encode(), value.encode("latin-1")))
-
-
 _FROM_PAIRS = _FromPairs()
-_TO_PAIRS = _ToPairs()
-
-
-def inject(headers: list[tuple[bytes, bytes]]) -> None:
-    """HTTP's `headers` end with the current span's `traceparent` (and `tracestate`); unchanged outside of a span."""
-    _PROPAGATOR.inject(headers, setter=_TO_PAIRS)
 
 
 def extract(headers: Collection[tuple[bytes, bytes]]) -> Context:
     """The trace context in HTTP's headers (names in lower case), to start a span in; empty when absent or malformed."""
     return _PROPAGATOR.extract(headers, context=Context(), getter=_FROM_PAIRS)
+
+
+def is_sampled(traceparent: bytes) -> bool:
+    """Whether the header's value asks for the request to be traced."""
+    return _SAMPLED.fullmatch(traceparent) is not None
 
 
 def extract_kafka(headers: Iterable[tuple[str, bytes]]) -> Context:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import structlog
 from lepton_common.settings import Settings
-from lepton_common.telemetry import Telemetry, configure, extract, extract_kafka, inject
+from lepton_common.telemetry import Telemetry, configure, extract, extract_kafka, is_sampled
 from opentelemetry import trace
 
 PARENT = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -122,15 +122,13 @@ def test_metrics_show_the_process_and_what_the_service_registered(telemetry: Tel
     assert "lepton_worker_log_lines_dropped_total 0.0" in text
 
 
-def test_trace_context_travels_in_http_headers(telemetry: Telemetry) -> None:
+def test_trace_context_is_read_from_http_headers(telemetry: Telemetry) -> None:
     received = {b"host": b"x", b"traceparent": PARENT, b"tracestate": b"a=b"}
-    sent: list[tuple[bytes, bytes]] = []
-    with telemetry.tracer.start_as_current_span("infer", context=extract(received.items())):
-        inject(sent)
-    (name, value), state = sent
-    assert (name, state) == (b"traceparent", (b"tracestate", b"a=b"))
-    assert value.split(b"-")[1] == PARENT.split(b"-")[1]
-    assert value.split(b"-")[2] != PARENT.split(b"-")[2]
+    with telemetry.tracer.start_as_current_span("infer", context=extract(received.items())) as span:
+        context = span.get_span_context()
+    assert trace.format_trace_id(context.trace_id).encode() == PARENT.split(b"-")[1]
+    assert trace.format_span_id(context.span_id).encode() != PARENT.split(b"-")[2]
+    assert context.trace_state.to_header() == "a=b"
 
 
 def test_trace_context_is_read_from_kafka_headers() -> None:
@@ -142,12 +140,6 @@ def test_trace_context_is_read_from_kafka_headers() -> None:
 def test_a_malformed_traceparent_is_no_context(value: bytes) -> None:
     context = extract([(b"traceparent", value)])
     assert not trace.get_current_span(context).get_span_context().is_valid
-
-
-def test_no_header_is_sent_outside_of_a_span() -> None:
-    headers: list[tuple[bytes, bytes]] = []
-    inject(headers)
-    assert headers == []
 
 
 def test_spans_are_exported_when_a_collector_is_named() -> None:
@@ -186,3 +178,21 @@ def test_a_collector_that_is_away_does_not_hold_up_the_end() -> None:
     telemetry.close()
     assert time.monotonic() - began < 20
     structlog.reset_defaults()
+
+
+@pytest.mark.parametrize(
+    ("traceparent", "sampled"),
+    [
+        (b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", True),
+        (b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-03", True),
+        (b"01-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-later", True),
+        (b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00", False),
+        (b"00-00000000000000000000000000000000-b7ad6b7169203331-01", False),
+        (b"00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01", False),
+        (b"ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", False),
+        (b"00-0AF7651916CD43DD8448EB211C80319C-b7ad6b7169203331-01", False),
+        (b"", False),
+    ],
+)
+def test_the_sampled_flag_of_a_valid_context_asks_for_a_trace(traceparent: bytes, sampled: bool) -> None:
+    assert is_sampled(traceparent) is sampled

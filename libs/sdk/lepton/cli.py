@@ -19,6 +19,7 @@ from lepton import (
     cli_platform,
     cli_policies,
     cli_rollouts,
+    cli_traces,
     render,
 )
 from lepton.errors import Forbidden, LeptonError, NotFound, Unauthenticated, Unavailable, Unreachable
@@ -69,6 +70,7 @@ app = typer.Typer(
 app.add_typer(cli_platform.commands)
 app.add_typer(cli_models.commands)
 app.add_typer(cli_batch.commands)
+app.add_typer(cli_traces.commands)
 _TRAFFIC = "Traffic"
 app.add_typer(
     cli_rollouts.commands,

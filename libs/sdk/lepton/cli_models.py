@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from lepton.cli_traces import show_trace
 from lepton.connect import connect
 from lepton.render import Json, console, print_json, progress_bars, show, size
 
@@ -205,6 +206,7 @@ def infer(
     version: Annotated[int | None, typer.Option(min=1, help="Default: whichever live traffic goes to.")] = None,
     output: Annotated[list[str] | None, typer.Option(help="An output wanted; may be repeated. Default: all.")] = None,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds the answer may take.")] = 30.0,
+    trace: Annotated[bool, typer.Option("--trace", help="Also tell where the time went, as `lepton trace`.")] = False,
     json: Json = False,
 ) -> None:
     """Call a model."""
@@ -213,15 +215,18 @@ def infer(
 
     with connect(ctx) as client:
         inputs = read_inputs(file, client.metadata(model, version=version).inputs)
-        outputs = client.infer(model, inputs, version=version, outputs=output, timeout=timeout)
-    if json:
-        tensors = {name: to_json(array) for name, array in outputs.items()}
-        print_json({"model": model, "version": outputs.version, "outputs": tensors})
-        return
-    for name, array in outputs.items():
-        console.print(f"[bold]{escape(name)}[/] [dim]{escape(f'{array.dtype} {array.shape}')}[/]")
-        console.print(str(array), markup=False)
-    console.print(f"[dim]answered by version {outputs.version}[/]")
+        outputs = client.infer(model, inputs, version=version, outputs=output, timeout=timeout, traced=trace)
+        if json:
+            tensors = {name: to_json(array) for name, array in outputs.items()}
+            told = {"trace": client.trace(outputs.request_id)} if trace else {}
+            print_json({"model": model, "version": outputs.version, "outputs": tensors, **told})
+            return
+        for name, array in outputs.items():
+            console.print(f"[bold]{escape(name)}[/] [dim]{escape(f'{array.dtype} {array.shape}')}[/]")
+            console.print(str(array), markup=False)
+        console.print(f"[dim]answered by version {outputs.version}[/]")
+        if trace:
+            show_trace(client.trace(outputs.request_id))
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -95,6 +95,8 @@ class _Operations:
     release_mesh = _Operation(operations_policies.release_mesh)
     metadata = _Operation(operations.metadata)
     infer = _Operation(operations.infer)
+    trace = _Operation(operations.trace)
+    traces = _Operation(operations.traces)
 
 
 class Client(_Operations):

@@ -31,6 +31,11 @@ _FORWARDED_FOR = {
     "header": {"key": "x-forwarded-for", "value": "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"},
     "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
 }
+# When the request came, in Unix time: a trace tells from it what the front door took.
+_CAME = {
+    "header": {"key": "x-request-start", "value": "t=%START_TIME(%s.%6f)%"},
+    "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+}
 _PROBLEM = {"type": "about:blank", "status": "%RESPONSE_CODE%", "detail": "%LOCAL_REPLY_BODY%"}
 _OIP_ERROR = {"error": "%LOCAL_REPLY_BODY%"}
 
@@ -119,6 +124,7 @@ class Envoy:
 def _front() -> dict[str, Any]:
     """The front door's connection manager: `/v2` and gRPC to the gateway, `/v1` to registry, rollout and monitor."""
     routes = [
+        *(_document(service) for service in ("registry", "rollout", "monitor")),
         _route("/v2", "gateway", repeatable=True),
         *(_route(f"/{name}", "gateway-grpc", repeatable=True) for name in _GRPC_SERVICES),
         *(_route(f"/v1/{noun}", "rollout") for noun in ("rollouts", "serving", "policies", "mesh")),
@@ -146,7 +152,7 @@ def _front() -> dict[str, Any]:
         "route_config": {
             "name": "front",
             "virtual_hosts": [{"name": "front", "domains": ["*"], "routes": routes}],
-            "request_headers_to_add": [_FORWARDED_FOR],
+            "request_headers_to_add": [_FORWARDED_FOR, _CAME],
         },
         # What stands before it is the outside: its x-envoy- headers are not obeyed.
         "use_remote_address": True,
@@ -221,6 +227,15 @@ def _route(path: str, cluster: str, *, repeatable: bool = False) -> dict[str, An
     return {
         "match": {"path_separated_prefix": path},
         "route": {"cluster": cluster, "timeout": "0s", "retry_policy": retries},
+    }
+
+
+def _document(service: str) -> dict[str, Any]:
+    """The service's OpenAPI document."""
+    route = _route(f"/v1/openapi/{service}.json", service)
+    return {
+        "match": {"path": f"/v1/openapi/{service}.json"},
+        "route": {**route["route"], "prefix_rewrite": "/openapi.json"},
     }
 
 

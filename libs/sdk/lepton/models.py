@@ -320,3 +320,32 @@ class ModelMetadata(Response):
     platform: str
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
+
+
+# --- traces -----------------------------------------------------------------------------------------------------------
+
+
+class TraceStage(Response):
+    """A part of a request's time. In order: `front` (Envoy's front door) or `kafka` (since it was written), `wait`
+    (for its turn at the gateway), `mesh` (there and back), and in the worker `decode`, `queue`, `run`, `encode`.
+    `mesh+worker` stands for those of which the worker did not tell."""
+
+    name: str
+    ms: float
+
+
+class Trace(Response):
+    """Where the time of one traced request went. It ran in a batch of so many rows and requests, if it ran; `tries` is
+    how often the gateway sent it. Of a request over Kafka that was tried again this is the last try."""
+
+    request_id: str
+    trace_id: str
+    model: str
+    version: str
+    status: int
+    at: datetime
+    total_ms: float
+    stages: list[TraceStage]
+    batch_rows: int | None = None
+    batch_requests: int | None = None
+    tries: int = 1

@@ -32,14 +32,16 @@ _DATATYPES = {np.dtype(code): name for name, code in _DTYPES.items()}
 
 
 class Outputs(dict[str, Array]):
-    """A model's answer: arrays by output name. `version` is the model version that computed them.
+    """A model's answer: arrays by output name. `version` is the model version that computed them, `request_id` what
+    `trace` knows the request by, if it was traced.
 
     The arrays are views of the answer's bytes: copy one before writing into it.
     """
 
-    def __init__(self, arrays: Mapping[str, Array], version: str) -> None:
+    def __init__(self, arrays: Mapping[str, Array], version: str, request_id: str = "") -> None:
         super().__init__(arrays)
         self.version = version
+        self.request_id = request_id
 
 
 def dtype_of(datatype: str) -> np.dtype[Any]:
@@ -115,7 +117,8 @@ def decode(headers: Mapping[str, str], body: bytes) -> Outputs:
                 offset += size
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise LeptonError("The answer is not an Open Inference Protocol response.") from error
-    return Outputs(arrays, str(answer.get("model_version") or headers.get("x-lepton-version", "")))
+    version = str(answer.get("model_version") or headers.get("x-lepton-version", ""))
+    return Outputs(arrays, version, headers.get("x-request-id", ""))
 
 
 def _loads(data: bytes) -> Any:

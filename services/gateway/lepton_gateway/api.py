@@ -5,7 +5,7 @@ import math
 from collections.abc import Awaitable, Callable
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import structlog
@@ -15,9 +15,11 @@ from lepton_common.errors import Denied, Invalid, LeptonError, NotFound, Unavail
 from lepton_common.health import Readiness
 from lepton_common.http11 import JSON, Request, error_body
 from lepton_common.records import Scope
+from lepton_common.signature import Signature
 from lepton_common.types import checked_name
 
 from lepton_gateway.callers import Callers
+from lepton_gateway.docs import Docs
 from lepton_gateway.domain import (
     METHODS,
     NotAllowed,
@@ -32,6 +34,7 @@ from lepton_gateway.domain import (
 )
 from lepton_gateway.proxy import Proxy
 from lepton_gateway.repository import Repository, ready_only
+from lepton_gateway.request_ids import id_line
 from lepton_gateway.routes import Route, Routes
 
 _VERSION = version("lepton-gateway")
@@ -42,6 +45,7 @@ _START_PATIENCE_S, _START_GRAIN_S = 5.0, 0.05
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
+T = TypeVar("T")
 Handler = Callable[[Request, Target], None]
 
 
@@ -64,6 +68,7 @@ class Api:
         self._ways = proxy.ways(self._refuse)
         self.refused: dict[int, int] = {}  # answers that the gateway gave instead of the mesh, by status
         self._targets: dict[bytes, Target] = {}
+        self._docs = Docs()
         self._tasks: set[asyncio.Task[None]] = set()
         self._pages: dict[Page, Handler] = {
             Page.INFER: self._infer,
@@ -79,6 +84,10 @@ class Api:
             Page.UNLOAD: self._change,
             Page.TRACE: self._trace,
             Page.LOGGING: self._logging,
+            Page.TRACES: self._traces,
+            Page.TRACED: self._traced,
+            Page.DOCS: self._docs_index,
+            Page.MODEL_DOCS: self._docs_of_model,
             Page.SHARED_MEMORY: self._shared_memory,
             Page.PROCESS_LIVE: lambda request, target: answer(request, {"status": "live"}),
             Page.PROCESS_READY: self._process_ready,
@@ -226,13 +235,37 @@ class Api:
             self._callers.check_reader(request)
             answer(request, logs.view())
 
-    def _later(self, request: Request, work: Awaitable[Any]) -> None:
-        """Answer with what `work` returns as JSON; None is an empty answer."""
-        task = asyncio.ensure_future(self._answer_later(request, work))
+    def _traces(self, request: Request, target: Target) -> None:
+        caller = self._callers.check(request, Scope.READ)
+        found = self._proxy.tracing.traces.newest_first(caller)
+        answer(request, [each.model_dump(mode="json") for each in found])
+
+    def _traced(self, request: Request, target: Target) -> None:
+        caller = self._callers.check(request, Scope.READ)
+        answer(request, self._proxy.tracing.traces.get(caller, target.request_id).model_dump(mode="json"))
+
+    def _docs_index(self, request: Request, target: Target) -> None:
+        caller = self._callers.check_reader(request)
+        self._docs.index(request, [route.serving.model for route in self._routes.of(caller)])
+
+    def _docs_of_model(self, request: Request, target: Target) -> None:
+        caller = self._callers.check_reader(request, target.model)
+        route = self._route(caller, target, target.version)
+        version = target.version or route.serving.stable or route.serving.split[0].version
+        named = "" if target.version is None else str(version)
+
+        def show(request: Request, signature: Signature) -> None:
+            self._docs.model(request, target.model, named, signature, keyless=not caller.key_id)
+
+        self._later(request, self._repository.signature(route, version), show)
+
+    def _later(self, request: Request, work: Awaitable[T], show: Callable[[Request, T], None] | None = None) -> None:
+        """Answer with what `work` returns, by `show`, else as JSON; None is an empty answer."""
+        task = asyncio.ensure_future(self._answer_later(request, work, show or answer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _answer_later(self, request: Request, work: Awaitable[Any]) -> None:
+    async def _answer_later(self, request: Request, work: Awaitable[T], show: Callable[[Request, T], None]) -> None:
         try:
             document = await work
         except LeptonError as error:
@@ -242,9 +275,9 @@ class Api:
             self._refuse(request, LeptonError("internal error"))
         else:
             if document is None:
-                request.respond(200, JSON)
+                request.respond(200, JSON + id_line(request))
             else:
-                answer(request, document)
+                show(request, document)
 
     def _refuse(self, request: Request, error: LeptonError) -> None:
         """The error as every OIP client reads it."""
@@ -260,7 +293,7 @@ class Api:
         if isinstance(error, Denied):
             self._callers.refused(request, error, self._asked(request))
         self.refused[status] = self.refused.get(status, 0) + 1
-        request.respond(status, headers, error_body(error.message))
+        request.respond(status, headers + id_line(request), error_body(error.message))
 
     def _asked(self, request: Request) -> str:
         """What the caller wanted, without what it sent: there may be a secret in a path."""
@@ -286,4 +319,4 @@ def _wanted_version(request: Request, caller: Caller, target: Target) -> int | N
 
 
 def answer(request: Request, document: Any, status: int = 200, headers: bytes = b"") -> None:
-    request.respond(status, JSON + headers, orjson.dumps(document))
+    request.respond(status, JSON + headers + id_line(request), orjson.dumps(document))

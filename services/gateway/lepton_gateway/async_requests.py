@@ -55,6 +55,7 @@ def request_of(message: Message, asked: Asked, timeout_s: float, reply_topics: S
         b"authorization": message.authorization,
         b"content-type": message.content_type.encode(),
         b"x-request-id": identity.encode(),
+        b"x-request-start": b"t=%.3f" % (asked.at_ms / 1e3),
     }
     if message.traceparent:
         headers[b"traceparent"] = message.traceparent.encode()
@@ -95,7 +96,7 @@ def outcome_of(request: AsyncRequest, asked: Asked, answer: Answer, began: float
     }
     if length := answer.headers.get(_LENGTH.encode()):
         told[_LENGTH] = length.decode("latin-1")
-    if traceparent := request.headers.get(b"traceparent"):
+    if traceparent := answer.headers.get(b"traceparent") or request.headers.get(b"traceparent"):
         told["traceparent"] = traceparent.decode("latin-1")
     headers = [(name, value.encode()) for name, value in told.items() if value]
     return Record(request.reply_topic, asked.key or request.id.encode(), answer.body, headers)

@@ -32,6 +32,10 @@ class Page(Enum):
     UNLOAD = auto()
     TRACE = auto()
     LOGGING = auto()
+    TRACES = auto()
+    TRACED = auto()
+    DOCS = auto()
+    MODEL_DOCS = auto()
     SHARED_MEMORY = auto()
     PROCESS_LIVE = auto()
     PROCESS_READY = auto()
@@ -52,6 +56,8 @@ _PAGES: Mapping[tuple[str, ...], Page] = {
     ("v2", "repository", "index"): Page.INDEX,
     ("v2", "trace", "setting"): Page.TRACE,
     ("v2", "logging"): Page.LOGGING,
+    ("v2", "traces"): Page.TRACES,
+    ("v2", "docs"): Page.DOCS,
     ("health", "live"): Page.PROCESS_LIVE,
     ("health", "ready"): Page.PROCESS_READY,
 }
@@ -62,6 +68,7 @@ _OF_MODEL: Mapping[tuple[str, ...], Page] = {
     ("config",): Page.CONFIG,
     ("stats",): Page.STATS,
     ("trace", "setting"): Page.TRACE,
+    ("docs",): Page.MODEL_DOCS,
 }
 _OF_REPOSITORY: Mapping[tuple[str, ...], Page] = {("load",): Page.LOAD, ("unload",): Page.UNLOAD}
 
@@ -76,11 +83,12 @@ class NotAllowed(LeptonError):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A path, understood. `model` is empty where the path names none; `version` is None where it names none."""
+    """A path, understood. `model` and `request_id` are empty, `version` is None where the path names none."""
 
     page: Page
     model: str = ""
     version: int | None = None
+    request_id: str = ""
 
 
 def target_of(raw: bytes) -> Target:
@@ -99,6 +107,8 @@ def target_of(raw: bytes) -> Target:
             return Target(_OF_MODEL[tuple(rest)], model)
         case ("v2", "repository", "models", model, *rest) if tuple(rest) in _OF_REPOSITORY:
             return Target(_OF_REPOSITORY[tuple(rest)], model)
+        case ("v2", "traces", identity) if identity:
+            return Target(Page.TRACED, request_id=identity)
         case ("v2", "systemsharedmemory" | "cudasharedmemory", *_):
             return Target(Page.SHARED_MEMORY)
     raise NotFound("Not Found")

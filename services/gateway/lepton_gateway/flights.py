@@ -12,6 +12,7 @@ from lepton_common.records import Serving
 from lepton_gateway import answers
 from lepton_gateway.answers import Answer, Handle
 from lepton_gateway.cache import MAX_BODY_BYTES, Answers, Kept, Memory, key_of, sole_version
+from lepton_gateway.request_ids import OF_ONE_REQUEST, id_line
 
 _HIT, _MISS = b"x-lepton-cache: hit\r\n", b"x-lepton-cache: miss\r\n"
 _TIMEOUT = b"x-request-timeout-ms"
@@ -83,7 +84,7 @@ class ResponseCache:
         flight = self._flights.get(kind)
         if kept is not None:
             self._counts.add(version, hit=True, took_ns=time.perf_counter_ns() - began)
-            request.respond(200, kept.headers + _HIT, kept.body)
+            request.respond(200, kept.headers + _HIT + id_line(request), kept.body)
         elif flight is not None:
             flight.join(request, began)
         else:
@@ -98,17 +99,19 @@ class ResponseCache:
             del self._flights[flight.kind]
         if answer is None:
             return
-        headers = header_block(answer.headers.items())
+        headers = header_block(line for line in answer.headers.items() if line[0] not in OF_ONE_REQUEST)
         is_shared = answer.status == 200 and answer.headers.get(b"x-lepton-version") == b"%d" % flight.version
         if is_shared:
             self._answers.keep(flight.key, Kept(headers, answer.body))
         (first, _), *others = flight.waiting.items()
         self._counts.add(flight.version, hit=False, took_ns=flight.looked_ns)
-        _respond(first, answer.status, headers + _MISS, answer.body)
+        # Unless who asked has left, and another one waits in their place.
+        own = header_block(answer.headers.items()) if first is flight.asker else headers + id_line(first)
+        _respond(first, answer.status, own + _MISS, answer.body)
         for request, began in others:
             if is_shared:
                 self._counts.add(flight.version, hit=True, took_ns=time.perf_counter_ns() - began)
-                _respond(request, 200, headers + _HIT, answer.body)
+                _respond(request, 200, headers + _HIT + id_line(request), answer.body)
             else:
                 # What failed for one caller need not for another; and each failure is counted, as without a cache.
                 alone = _Flight(None, flight.key, flight.version, flight.ask, self._over)
@@ -125,7 +128,7 @@ class ResponseCache:
 class _Flight:
     """One question to the model, on behalf of everybody who waits for its answer."""
 
-    __slots__ = ("_asked", "_over", "ask", "key", "kind", "looked_ns", "version", "waiting")
+    __slots__ = ("_asked", "_over", "ask", "asker", "key", "kind", "looked_ns", "version", "waiting")
 
     def __init__(
         self, kind: object, key: bytes, version: int, ask: Handle, over: Callable[["_Flight", Answer | None], None]
@@ -136,6 +139,7 @@ class _Flight:
         self.ask = ask
         self._over = over
         self._asked: Request | None = None
+        self.asker: Request | None = None
         self.looked_ns = 0
         self.waiting: dict[Request, int] = {}  # and since when, by the clock `perf_counter_ns`
 
@@ -148,6 +152,7 @@ class _Flight:
         self.looked_ns = time.perf_counter_ns() - self.waiting[request]
         asked = answers.request(request.method, request.target, headers, request.body, self._answered, request.peer)
         self._asked = asked
+        self.asker = request
         self.ask(asked)
 
     def _answered(self, answer: Answer) -> None:

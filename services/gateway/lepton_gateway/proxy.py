@@ -12,15 +12,16 @@ from lepton_common.auth import Caller
 from lepton_common.errors import Invalid, LeptonError
 from lepton_common.http11 import JSON, Request, error_body
 from lepton_common.http11_client import Call, Failure, Upstream, UpstreamError
-from opentelemetry.trace import Span
 
-from lepton_gateway import tracing, windows
+from lepton_gateway import windows
 from lepton_gateway.admission import Admission
 from lepton_gateway.inference import Inference, Ways
 from lepton_gateway.lanes import Answer, Lane
 from lepton_gateway.logs import LogSettings
+from lepton_gateway.request_ids import id_line
 from lepton_gateway.routes import Route
 from lepton_gateway.shadows import Shadows
+from lepton_gateway.traces import Trace
 from lepton_gateway.tracing import Tracing
 from lepton_gateway.windows import ASKED, CLIENT_GONE, FORCED, LEFT, QUEUE_FULL, SPLIT
 
@@ -132,21 +133,20 @@ class Proxy:
             asked = b"x-envoy-upstream-rq-timeout-ms: %d\r\n" % left_ms
             if waited_s > _NOTABLE_WAIT_S:
                 headers = {**headers, _TIMEOUT: b"%d" % left_ms}
-        started = self.tracing.start(request, route.serving.ref) if self.tracing.active else None
+        trace, carried = None, b""
+        if line == INFER and (self.tracing.active or b"traceparent" in headers):
+            trace, carried = self.tracing.start(request, route.serving.ref, began)
         forwarded = [
             b"%b: %b\r\n" % (name, headers[name])
-            for name in (route.forwarded if started is None else route.forwarded_traced)
+            for name in (route.forwarded_traced if carried else route.forwarded)
             if name in headers
         ]
         head = route.head(line, version) + asked + b"".join(forwarded)
         if user is not None:
             head += b"x-lepton-bucket: %d\r\n" % (user % _USER_BUCKETS)
-        span = None
-        if started is not None:
-            span, carried = started
-            head += carried
+        head += carried
         kind = ASKED if line != INFER else SPLIT if version is None else FORCED
-        exchange = Exchange(self, request, route, head, body, began, timeout_s, span, kind, user)
+        exchange = Exchange(self, request, route, head, body, began, timeout_s, trace, kind, user)
         exchange.lane, exchange.ticket = lane, ticket
         counts = route.counts
         counts.in_flight += 1
@@ -161,7 +161,7 @@ class Exchange(Call):
 
     __slots__ = (
         *("_kind", "_lost", "_over", "_proxy", "_queued_s", "_timeout_s", "_tries", "_user"),
-        *("began", "lane", "request", "route", "span", "ticket", "version"),
+        *("began", "lane", "request", "route", "ticket", "trace", "version"),
     )
 
     def __init__(
@@ -173,7 +173,7 @@ class Exchange(Call):
         body: bytes,
         began: float,
         timeout_s: float,
-        span: Span | None,
+        trace: Trace | None,
         kind: int,
         user: int | None,
     ) -> None:
@@ -193,12 +193,14 @@ class Exchange(Call):
         self.route = route
         self.began = began
         self.version = b""
-        self.span = span
+        self.trace = trace
 
     def answered(self, status: int, headers: dict[bytes, bytes], body: bytes) -> None:
         self.version = headers.get(b"x-lepton-version", b"")
         if _QUEUED in headers:
             self._queued_s = int(headers[_QUEUED]) / 1e3
+        if self.trace is not None:
+            self.trace.timing = headers.get(b"server-timing", b"")
         block = b"".join([b"%b: %b\r\n" % (name, headers[name]) for name in _PASSED_BACK if name in headers])
         counted = status
         if status != HTTPStatus.OK:
@@ -271,8 +273,10 @@ class Exchange(Call):
         else:
             counts.add(self._kind, self.version, counted, seconds, self._user)
         counts.in_flight -= 1  # After the answer was counted: until then its second belongs to somebody.
-        if self.span is not None:
-            tracing.end(self.span, self.version, status)
+        if self.trace is None:
+            headers += id_line(self.request)
+        else:
+            headers += self.trace.end(self.version, status, self._tries + 1)
         if self._proxy.logs.verbose_level:
             self._log(status)
         if counted != LEFT:

@@ -1,4 +1,4 @@
-"""The model repository extension: loading and unloading, which is rollout's to do, and the workers' statistics."""
+"""The model repository extension: loading and unloading, which is rollout's to do, and what the workers say."""
 
 import asyncio
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from lepton_common.errors import (
 )
 from lepton_common.http11 import Request
 from lepton_common.records import LoadState
+from lepton_common.signature import Signature
 
 from lepton_gateway.domain import json_object, summed
 from lepton_gateway.flights import Lookups
@@ -26,7 +27,7 @@ from lepton_gateway.routes import Route, Routes
 
 # Loading may take as long as rollout waits for it; a worker's statistics come from its memory.
 _LOAD_TIMEOUT_S = 600.0
-_STATISTICS_TIMEOUT_S = 2.0
+_ASK_TIMEOUT_S = 2.0
 
 _KINDS: dict[int, type[LeptonError]] = {
     400: Invalid,
@@ -87,20 +88,45 @@ class Repository:
                 _add_lookups(entry["inference_stats"], each)
         return {"model_stats": found}
 
+    async def signature(self, route: Route, version: int) -> Signature:
+        """What that version takes and gives. Raises Unavailable when no worker has it ready."""
+        for address in self._ready(route, version):
+            document = await self._told(address, route, version, "")
+            if document is not None:
+                return Signature.from_dict(document)
+        name = route.serving.model
+        raise Unavailable(f"version {version} of model {name!r} is ready on no worker", retry_after_s=1)
+
+    def _ready(self, route: Route, version: int) -> list[str]:
+        """Where the workers are that have the version ready."""
+        return [
+            worker.address
+            for worker in self._routes.workers()
+            for loaded in worker.versions
+            if (loaded.tenant, loaded.model, loaded.version) == (route.serving.tenant, route.serving.model, version)
+            and loaded.state is LoadState.READY
+        ]
+
     async def _statistics_of(self, address: str, route: Route, version: int) -> list[dict[str, Any]]:
+        document = await self._told(address, route, version, "/stats")
+        entries: list[dict[str, Any]] = [] if document is None else document["model_stats"]
+        return entries
+
+    async def _told(self, address: str, route: Route, version: int, verb: str) -> dict[str, Any] | None:
+        """What a worker says of the version; None of one that just died or left: its lease runs out in seconds."""
         ref = route.serving.ref
         try:
             response = await self._http.get(
-                f"http://{address}/v2/models/{ref.model}/versions/{version}/stats",
+                f"http://{address}/v2/models/{ref.model}/versions/{version}{verb}",
                 headers={"host": ref.host},
-                timeout=_STATISTICS_TIMEOUT_S,
+                timeout=_ASK_TIMEOUT_S,
             )
         except httpx.TransportError:
-            return []  # A worker that just died or left; its lease runs out in seconds.
+            return None
         if response.status_code != 200:
-            return []
-        entries: list[dict[str, Any]] = orjson.loads(response.content)["model_stats"]
-        return entries
+            return None
+        document: dict[str, Any] = orjson.loads(response.content)
+        return document
 
 
 def ready_only(request: Request) -> bool:

@@ -74,13 +74,17 @@ def status_of_http(status: int) -> Status:
     return _STATUS_OF_HTTP.get(status, Status.INTERNAL)
 
 
-@lru_cache(maxsize=256)
-def trailers(status: Status, message: str = "", metadata: tuple[tuple[bytes, bytes], ...] = ()) -> bytes:
+def trailers(status: Status, message: str = "", metadata: Iterable[tuple[bytes, bytes]] = ()) -> bytes:
     """The header block that ends an answer."""
+    return _status_block(status, message) + b"".join([literal(*each) for each in metadata])
+
+
+@lru_cache(maxsize=256)
+def _status_block(status: Status, message: str) -> bytes:
     block = literal(b"grpc-status", b"%d" % status)
     if message:
         block += literal(b"grpc-message", quote(message[:_MAX_TOLD], safe=" !#$&'()*+,/:;=?@[]{}\"<>|").encode())
-    return block + b"".join(literal(*each) for each in metadata)
+    return block
 
 
 def framed(pieces: Sequence[Buffer]) -> list[Buffer]:
@@ -155,7 +159,7 @@ class Call(Sink, ABC):
 
     def end(self, status: Status, message: str = "", metadata: Iterable[tuple[bytes, bytes]] = ()) -> None:
         """The call ends without another message. Nothing was sent yet."""
-        self.stream.reply(START, b"", trailers(status, message, tuple(metadata)))
+        self.stream.reply(START, b"", trailers(status, message, metadata))
 
 
 class Unary(Call):
@@ -173,7 +177,7 @@ class Unary(Call):
 
     def answer(self, message: Sequence[Buffer], metadata: Iterable[tuple[bytes, bytes]] = ()) -> None:
         """The call ends well, with this message."""
-        last = trailers(Status.OK, "", tuple(metadata))
+        last = trailers(Status.OK, "", metadata)
         pieces = framed(message)
         if len(pieces) == 1:
             self.stream.reply(START, bytes(pieces[0]), last)

@@ -23,7 +23,7 @@ _GRAIN_S = 0.02
 
 _INFER_RESPONSE = pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER
 
-_TOLD = (b"x-lepton-version", b"retry-after", b"x-lepton-reason")
+_TOLD = (b"x-lepton-version", b"retry-after", b"x-lepton-reason", b"x-request-id", b"traceparent")
 
 
 def metadata_of(answer: Answer) -> Metadata:

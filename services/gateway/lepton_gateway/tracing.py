@@ -1,17 +1,23 @@
-"""The trace extension: which infer requests get a span of their own, for all models or for one."""
+"""The trace extension: which infer requests are traced, for all models or for one."""
 
+import random
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lepton_common.errors import Invalid
 from lepton_common.http11 import Request
-from lepton_common.telemetry import extract, inject
+from lepton_common.telemetry import is_sampled
 from lepton_common.types import ModelRef
-from opentelemetry import trace
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace import Tracer
+
+from lepton_gateway.limits import TokenBucket
+from lepton_gateway.traces import Trace, Traces
 
 _LEVELS = ("OFF", "TIMESTAMPS")
+# Of one tenant's requests that ask to be traced so many are, and this many in a row. Others go on as if they had not.
+_ASKED_PER_S, _ASKED_BURST = 10.0, 50
 # What this server has one value for; the names are Triton's.
 _FIXED = {"trace_mode": "opentelemetry", "trace_file": "", "log_frequency": "0"}
 
@@ -35,11 +41,16 @@ class TraceSettings:
 
 
 class Tracing:
-    """Decides by counting, so a rate of 1000 is exactly every thousandth request of a model."""
+    """Decides by counting, so a rate of 1000 is exactly every thousandth request of a model.
+
+    Beside those, requests are traced that ask for it: their `traceparent` has the sampled flag.
+    """
 
     def __init__(self, tracer: Tracer, *, on: bool) -> None:
         """`on` says whether spans go anywhere, which makes TIMESTAMPS the level to start with."""
+        self.traces = Traces()
         self._tracer = tracer
+        self._allowances: dict[str, TokenBucket] = {}  # by tenants that have a model
         self._initial = TraceSettings(on=on)
         self._all = self._initial
         self._changes: dict[ModelRef, dict[str, Any]] = {}
@@ -67,21 +78,26 @@ class Tracing:
         self.active = self._all.on or any(each.get("on") for each in self._changes.values())
         return self.view(model)
 
-    def start(self, request: Request, model: ModelRef) -> tuple[Span, bytes] | None:
-        """The span of this request and the header lines that carry it on; None when it is not traced."""
+    def start(self, request: Request, model: ModelRef, began: float) -> tuple[Trace | None, bytes]:
+        """The request's trace, if it is to have one, and the header lines that go with it instead of the caller's."""
+        traceparent = request.headers.get(b"traceparent", b"")
+        asked = is_sampled(traceparent)
         settings = self._of(model)
-        if not settings.on or not self._is_due(model, settings):
-            return None
-        span = self._tracer.start_span(
-            "infer",
-            context=extract(request.headers.items()),
-            kind=SpanKind.SERVER,
-            attributes={"lepton.tenant": model.tenant, "lepton.model": model.model},
-        )
-        carried: list[tuple[bytes, bytes]] = []
-        with trace.use_span(span):
-            inject(carried)
-        return span, b"".join([b"%b: %b\r\n" % header for header in carried])
+        due = settings.on and self._is_due(model, settings)
+        if not due and not (asked and self._allows(model.tenant)):
+            return None, _unsampled(traceparent, request) if asked else b""
+        trace = Trace(self._tracer, self.traces, request, model, began)
+        return trace, trace.carried
+
+    def _allows(self, tenant: str) -> bool:
+        now = time.monotonic()
+        allowance = self._allowances.get(tenant)
+        if allowance is None:
+            allowance = self._allowances[tenant] = TokenBucket(_ASKED_PER_S, _ASKED_BURST)
+        if allowance.wait_s(now):
+            return False
+        allowance.take(now)
+        return True
 
     def _of(self, model: ModelRef | None) -> TraceSettings:
         own = self._changes.get(model) if model is not None else None
@@ -100,13 +116,12 @@ class Tracing:
         return left > 0
 
 
-def end(span: Span, version: bytes, status: int) -> None:
-    """The request was answered."""
-    span.set_attribute("http.response.status_code", status)
-    span.set_attribute("lepton.version", version.decode("latin-1"))
-    if status >= 500:
-        span.set_status(Status(StatusCode.ERROR))
-    span.end()
+def _unsampled(traceparent: bytes, request: Request) -> bytes:
+    """The caller's context without the flag, by which the worker would trace. Who changes that is a parent anew."""
+    trace_id = traceparent[3:35]
+    line = b"traceparent: 00-%b-%016x-00\r\n" % (trace_id, random.getrandbits(63) + 1)
+    state = request.headers.get(b"tracestate")
+    return line if state is None else b"%btracestate: %b\r\n" % (line, state)
 
 
 def _parsed(name: str, value: Any) -> dict[str, Any]:

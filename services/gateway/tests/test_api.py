@@ -39,7 +39,7 @@ async def test_headers_of_the_protocol_pass_both_ways(lab: Lab) -> None:
         "content-encoding": "deflate",
         "accept-encoding": "gzip",
         "x-request-timeout-ms": "900",
-        "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00",
     }
     async with lab.client.stream("POST", INFER, content=b"x", headers=sent) as response:
         assert response.headers["inference-header-content-length"] == "2"

@@ -183,21 +183,23 @@ async def test_trace_settings_change_what_is_traced(etcd: EtcdClient, telemetry:
         for _ in range(4):
             await lab.client.post("/v2/models/m/infer")
         finished = spans.get_finished_spans()
-        assert [span.name for span in finished] == ["infer"] * 2
+        assert [span.name for span in finished] == ["mesh", "infer"] * 2
         sent = lab.mesh.requests[-2].headers[b"traceparent"].decode()
-        assert format(finished[1].context.span_id, "016x") in sent
-        assert dict(finished[0].attributes or {})["lepton.version"] == "1"
+        assert format(finished[2].context.span_id, "016x") in sent
+        assert finished[2].parent is not None
+        assert finished[2].parent.span_id == finished[3].context.span_id
+        assert dict(finished[1].attributes or {})["lepton.version"] == "1"
 
         await admin("update_trace_settings", "m", {"trace_rate": "1", "trace_count": "1"})
         assert (await admin("get_trace_settings", "m"))["trace_rate"] == "1"
         assert (await admin("get_trace_settings"))["trace_rate"] == "2"
         for _ in range(3):
             await lab.client.post("/v2/models/m/infer")
-        assert len(spans.get_finished_spans()) == 3
+        assert len(spans.get_finished_spans()) == 6
         assert (await admin("update_trace_settings", "m", {"trace_rate": None}))["trace_rate"] == "2"
         await operator("update_trace_settings", settings={"trace_level": ["OFF"]})
         await lab.client.post("/v2/models/m/infer")
-        assert len(spans.get_finished_spans()) == 3
+        assert len(spans.get_finished_spans()) == 6
     tracing.close()
 
 

@@ -12,12 +12,14 @@ from lepton_common import compression, http11, oip
 from lepton_common.errors import Forbidden, Invalid, LeptonError, Overloaded, status_of
 from lepton_common.health import Readiness
 from lepton_common.http11 import Request
-from lepton_common.telemetry import METRICS_CONTENT_TYPE
+from lepton_common.telemetry import METRICS_CONTENT_TYPE, is_sampled
 from lepton_common.tensors import Array
+from opentelemetry.trace import Tracer
 
 from lepton_worker.assignments import Assignments
 from lepton_worker.domain import ModelFailed, NotLoaded, Target, Verb, target_of
 from lepton_worker.lane import Lane
+from lepton_worker.timing import Timing
 
 _BINARY = b"content-type: application/octet-stream\r\n"
 _METRICS = b"content-type: %b\r\n" % METRICS_CONTENT_TYPE.encode()
@@ -37,12 +39,15 @@ class Api:
         render_metrics: Callable[[], bytes],
         device: str,
         max_body_bytes: int,
+        tracer: Tracer | None = None,
     ) -> None:
+        """`tracer` is None where spans go nowhere."""
         self._assignments = assignments
         self._readiness = readiness
         self._render_metrics = render_metrics
         self._device = device
         self._max_body_bytes = max_body_bytes
+        self._tracer = tracer
         self._pages: dict[str, Callable[[Request], None]] = {
             "/v2": self._server,
             "/v2/": self._server,
@@ -73,12 +78,16 @@ class Api:
         if target.verb is not Verb.INFER:
             raise _NotAllowed("GET")
         lane = self._lane(target, request.headers)
+        traceparent = request.headers.get(b"traceparent")
+        timing = None
+        if traceparent is not None and is_sampled(traceparent):
+            timing = Timing(request.headers, lane.ref, self._tracer)
         try:
-            self._infer(request, lane)
+            self._infer(request, lane, timing)
         except Exception as error:
-            _refuse(request, error, lane.version_header)
+            _fail(request, lane, timing, error)
 
-    def _infer(self, request: Request, lane: Lane) -> None:
+    def _infer(self, request: Request, lane: Lane, timing: Timing | None) -> None:
         headers = request.headers
         body: bytes | bytearray = request.body
         if b"content-encoding" in headers:
@@ -88,8 +97,11 @@ class Api:
         timeout_s = lane.timeout_s
         if infer.parameters or b"x-request-timeout-ms" in headers:
             timeout_s = min(timeout_s, _asked_timeout_s(infer.parameters, headers.get(b"x-request-timeout-ms")))
-        done = partial(self._done, request, lane, infer)
+        done = partial(self._done, request, lane, infer, timing)
         work = lane.batcher.submit(infer.inputs, time.monotonic() + timeout_s, done)
+        if timing is not None:
+            timing.queued()
+            work.timing = timing
         request.on_disconnect = partial(lane.batcher.cancel, work)
 
     def _done(
@@ -97,17 +109,18 @@ class Api:
         request: Request,
         lane: Lane,
         infer: oip.InferRequest,
+        timing: Timing | None,
         outcome: dict[str, Array] | LeptonError,
         waited_s: float,
     ) -> None:
         request.on_disconnect = None  # It leads back to here: the request would be garbage in a cycle.
         if isinstance(outcome, LeptonError):
-            _refuse(request, outcome, lane.version_header)
+            _fail(request, lane, timing, outcome)
             return
         try:
             length, parts = oip.encode_response(lane.model, lane.version, infer, outcome, lane.signature, lane.labels)
         except Exception as error:
-            _refuse(request, error, lane.version_header)
+            _fail(request, lane, timing, error)
             return
         headers = lane.json_headers
         if length is not None:
@@ -118,6 +131,8 @@ class Api:
             headers += b"content-encoding: %b\r\n" % encoding
         if waited_s >= _NOTABLE_WAIT_S:
             headers += b"x-lepton-queue-ms: %d\r\n" % _few_digits(int(waited_s * 1e3))
+        if timing is not None:
+            headers += timing.end()
         request.respond(200, headers, parts)
 
     def _lane(self, target: Target, headers: dict[bytes, bytes]) -> Lane:
@@ -180,6 +195,11 @@ class _NotAllowed(LeptonError):
 
 def _json(request: Request, status: int, document: Any, headers: bytes = b"") -> None:
     request.respond(status, http11.JSON + headers, orjson.dumps(document))
+
+
+def _fail(request: Request, lane: Lane, timing: Timing | None, error: Exception) -> None:
+    """The error, for which the lane's version answers."""
+    _refuse(request, error, lane.version_header if timing is None else lane.version_header + timing.end())
 
 
 def _refuse(request: Request, error: Exception, headers: bytes) -> None:

@@ -246,6 +246,8 @@ class Batcher:
         rows = sum([work.rows for work in works])
         for work in works:
             work.waited_s = started - work.arrived
+            if work.timing is not None:
+                work.timing.ran(started, ended, rows, len(works))
         self.statistics.count(works, rows, started, ended)
         self._row_s += _SMOOTHING * (elapsed_s / rows - self._row_s)
         if batch.key is not ALONE:

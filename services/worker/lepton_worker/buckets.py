@@ -8,6 +8,8 @@ from typing import Any
 from lepton_common.errors import LeptonError
 from lepton_common.tensors import Array
 
+from lepton_worker.timing import Timing
+
 Outputs = dict[str, Array]
 # What became of the work, and for how many seconds it waited for a slot.
 Done = Callable[[Outputs | LeptonError, float], None]
@@ -17,9 +19,12 @@ ALONE: Key = ("alone",)  # the bucket of works that are never merged
 
 
 class Work:
-    """One request's share of the queue. `done` is None once it is answered, or abandoned by its caller."""
+    """One request's share of the queue. `done` is None once it is answered, or abandoned by its caller.
 
-    __slots__ = ("arrived", "deadline", "done", "inputs", "queued", "rows", "waited_s")
+    `timing` is that of a traced request.
+    """
+
+    __slots__ = ("arrived", "deadline", "done", "inputs", "queued", "rows", "timing", "waited_s")
 
     def __init__(self, inputs: dict[str, Array], rows: int, arrived: float, deadline: float, done: Done) -> None:
         self.inputs = inputs
@@ -29,6 +34,7 @@ class Work:
         self.done: Done | None = done
         self.queued = True
         self.waited_s = 0.0
+        self.timing: Timing | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,8 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient) -> Service
             settings.intra_op_threads,
         ),
     )
-    api = Api(assignments, service.readiness, telemetry.render_metrics, device, settings.max_body_bytes)
+    tracer = telemetry.tracer if settings.otlp else None
+    api = Api(assignments, service.readiness, telemetry.render_metrics, device, settings.max_body_bytes, tracer)
     front = Front(Server(api.handle, ServerLimits(max_body_bytes=settings.max_body_bytes)))
 
     def state() -> WorkerState:

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import http.client
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -269,6 +270,23 @@ def test_a_deadline_that_passed_is_answered_as_such(worker: WorkerRecipe) -> Non
     status, _, answer = infer(worker, "double", document, x_request_timeout_ms="0")
     assert (status, answer["error"]) == (504, "the deadline passed before the request could run")
     assert infer(worker, "double", document, x_request_timeout_ms="-1")[0] == 400
+
+
+def test_a_sampled_request_is_told_where_its_time_went(worker: WorkerRecipe) -> None:
+    traced = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    document = {"inputs": [tensor([1, 2], [1, 2])]}
+    told = infer(worker, "double", document, traceparent=traced)[1]["server-timing"]
+    stage = r"(decode|queue|run|encode);dur=[0-9]+\.[0-9]{3}"
+    parts = told.split(", ")
+    assert all(re.match(stage, each) for each in parts)
+    assert [each.partition(";")[0] for each in parts] == ["decode", "queue", "run", "encode"]
+    assert parts[2].endswith(';desc="1 rows of 1 requests"')
+    late = infer(worker, "double", document, traceparent=traced, x_request_timeout_ms="0")[1]["server-timing"]
+    assert [each.partition(";")[0] for each in late.split(", ")] == ["decode", "queue"]
+    wrong = infer(worker, "double", {}, traceparent=traced)[1]["server-timing"]
+    assert re.fullmatch(stage, wrong)
+    assert "server-timing" not in infer(worker, "double", document, traceparent=traced[:-1] + "0")[1]
+    assert "server-timing" not in infer(worker, "double", document)[1]
 
 
 def test_compressed_bodies_are_bounded_and_other_encodings_refused(worker: WorkerRecipe) -> None:
