@@ -58,6 +58,7 @@ format: setup ## put the code into the house's format
 
 bench: setup ## measure the serving path beside onnxruntime, MLServer, LitServe and Triton
 	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.serving_grpc
 
 proto: setup ## generate the gateway's messages from inference.proto
 	cd services/gateway/lepton_gateway && $(CURDIR)/$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. inference.proto

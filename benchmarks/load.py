@@ -1,4 +1,4 @@
-"""Closed-loop load on one URL: wrk when it is installed, else a small asyncio client."""
+"""Closed-loop load on one URL: wrk when it is installed, else a small asyncio client. On gRPC: h2load."""
 
 import asyncio
 import json
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import grpc
+
+_MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 _WRK_SCRIPT = """
 wrk.method = "POST"
 wrk.body = {body}
@@ -57,6 +60,27 @@ def _run_wrk(url: str, body: bytes, connections: int, seconds: float) -> Load:
         raise RuntimeError(f"wrk printed no result:\n{output}")
     requests, micros, p50, p99, errors = (float(each) for each in result.groups())
     return Load(int(requests), requests / (micros / 1e6), p50 / 1e3, p99 / 1e3, int(errors))
+
+
+def run_grpc(address: str, message: bytes, *, connections: int, seconds: float) -> Load:
+    """Call ModelInfer with `message` over `connections` connections, each with one call in flight. Needs h2load.
+
+    h2load reads no trailers, so one call is made and checked before. Raises grpc.RpcError when it fails.
+    """
+    with grpc.insecure_channel(address) as channel:
+        channel.unary_unary(_MODEL_INFER)(message, timeout=10)  # type: ignore[arg-type] # of any type without a serializer
+    with tempfile.TemporaryDirectory() as folder:
+        body, log = Path(folder, "message"), Path(folder, "log")
+        body.write_bytes(b"\0" + len(message).to_bytes(4, "big") + message)
+        command: list[str | Path] = ["h2load", "-t1", f"-c{connections}", "-m1", f"-D{round(seconds)}", "-d", body]
+        command += ["-H", "content-type: application/grpc", "-H", "te: trailers", f"--log-file={log}"]
+        subprocess.run([*command, f"http://{address}{_MODEL_INFER}"], check=True, capture_output=True)
+        # start in Unix time, status, time taken; both in microseconds
+        calls = [tuple(map(int, line.split()[:3])) for line in log.read_text().splitlines()]
+    took_s = (max(start + took for start, _, took in calls) - min(start for start, _, _ in calls)) / 1e6
+    latencies_ms = sorted(took / 1e3 for _, _, took in calls)
+    at = [latencies_ms[int(len(calls) * share)] for share in (0.5, 0.99)]
+    return Load(len(calls), len(calls) / took_s, at[0], at[1], sum(status != 200 for _, status, _ in calls))
 
 
 async def _run_bundled(url: str, body: bytes, connections: int, seconds: float) -> Load:

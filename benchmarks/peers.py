@@ -51,6 +51,7 @@ class Server:
         self, name: str, url: str, ready: str, argv: Sequence[str | Path], env: Mapping[str, str], cwd: Path
     ) -> None:
         self.name, self.url = name, url
+        self.grpc = ""  # where it speaks gRPC, host:port
         self._log = (cwd / "log.txt").open("wb")
         self._child = subprocess.Popen(
             [str(each) for each in argv],
@@ -118,7 +119,9 @@ def _mlserver(name: str, model: Path, cwd: Path, batching: Mapping[str, float]) 
     base = f"http://127.0.0.1:{http}/v2"
     argv: list[str | Path] = [home / "bin/mlserver", "start", "."]
     env = {"BENCH_MODEL": str(model)}
-    return Server(name, f"{base}/models/mlp/infer", f"{base}/health/ready", argv, env, cwd)
+    server = Server(name, f"{base}/models/mlp/infer", f"{base}/health/ready", argv, env, cwd)
+    server.grpc = f"127.0.0.1:{ports['grpc_port']}"
+    return server
 
 
 def litserve(model: Path, folder: Path) -> Server:

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-MAX_BODY_BYTES = 64 << 20
+MAX_BODY_BYTES = 256 << 20
 ROW = [1.0, 2.0, 3.0, 4.0]
 # What the model `mlp` takes.
 GOOD: dict[str, Any] = {"id": "1", "inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": ROW}]}
