@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import stamina
 import structlog
 import uvloop
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 
 from lepton_common.auth import Caller, Keys, secret_of
 from lepton_common.bus import Bus
@@ -78,6 +78,8 @@ class Service:
         self._background: list[Work] = []
         self._periodic: list[tuple[float, Work]] = []
         self._closes: list[Work] = []
+        tasks = Gauge(f"lepton_{name}_tasks", "Tasks of the event loop.", registry=telemetry.registry)
+        tasks.set_function(lambda: len(asyncio.all_tasks()))
         self._failures = Counter(
             f"lepton_{name}_task_failures",
             "Failures of background and periodic work, which goes on.",
