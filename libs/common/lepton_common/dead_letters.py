@@ -11,8 +11,10 @@ from lepton_common.foreign import without_secrets
 
 PREFIX = "lepton-dlq-"
 _MAX_ERROR_BYTES = 1024
-_KEYS = re.compile(rb"lp_[A-Za-z0-9_-]{20,}")
-_SECRETS = re.compile(r"lp_[A-Za-z0-9_-]+|(?<=://)[^/@\s]+(?=@)|(?i:(?<=bearer )|(?<=password=))\S+")
+_KEYS = re.compile(rb"lp_[A-Za-z0-9_-]{20,}|eyJ[\w-]+\.[\w-]+\.[\w-]+")
+_SECRETS = re.compile(
+    r"lp_[A-Za-z0-9_-]+|eyJ[\w-]+\.[\w-]+\.[\w-]+|(?<=://)[^/@\s]+(?=@)|(?i:(?<=bearer )|(?<=password=))\S+"
+)
 
 
 class Reason(StrEnum):

@@ -10,12 +10,19 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import (
+    InvalidTopicError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    TopicAuthorizationFailedError,
+    UnknownTopicOrPartitionError,
+)
 
-from lepton_common.errors import Unavailable
+from lepton_common.errors import Invalid, Unavailable
 from lepton_common.kafka_client import Bootstrap, Producer, Record, new_consumer, stop_consumer
 
 _POLL_MS = 200
@@ -24,7 +31,15 @@ _COMMIT_EVERY_S = 0.5
 _COMMIT_TIMEOUT_S = 5.0
 _DRAIN_S = 5.0
 _STALL_S = 30.0
+_PAUSE_AFTER_S = 60.0
 _MAX_SENT = 500
+# What no repetition stores.
+_REFUSED = (
+    InvalidTopicError,
+    MessageSizeTooLargeError,
+    TopicAuthorizationFailedError,
+    UnknownTopicOrPartitionError,
+)
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -71,7 +86,10 @@ class Progress:
 
 
 class Sender:
-    """Stores records for many at once: what comes while one batch is on its way is the next one."""
+    """Stores records for many at once: what comes while one batch is on its way is the next one.
+
+    Where a batch fails, its records are sent one by one: what is wrong with one costs no other.
+    """
 
     def __init__(self, producer: Producer) -> None:
         self._producer = producer
@@ -79,7 +97,8 @@ class Sender:
         self._task: asyncio.Task[None] | None = None
 
     async def send(self, record: Record) -> None:
-        """The record is stored. Raises Unavailable when it may not be: send it again."""
+        """The record is stored. Raises Unavailable when it may not be: send it again. Raises Invalid when Kafka does
+        not take it, however often."""
         stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((record, stored))
         if self._task is None:
@@ -93,20 +112,29 @@ class Sender:
         try:
             while self._waiting:
                 batch, self._waiting = self._waiting[:_MAX_SENT], self._waiting[_MAX_SENT:]
-                error: Exception | None = None
-                try:
-                    await self._producer.send([record for record, _ in batch])
-                except Exception as raised:  # Whatever it is, it is told to who waits.
-                    error = raised
-                for _, stored in batch:
+                error = await self._error_of([record for record, _ in batch])
+                for record, stored in batch:
+                    own = error if error is None or len(batch) == 1 else await self._error_of([record])
                     if stored.done():
                         continue  # Whoever waited was cancelled.
-                    if error is None:
+                    if own is None:
                         stored.set_result(None)
                     else:
-                        stored.set_exception(error)
+                        stored.set_exception(own)
         finally:
             self._task = None
+
+    async def _error_of(self, records: Sequence[Record]) -> Exception | None:
+        """Why the records may not all be stored; None when they are."""
+        try:
+            await self._producer.send(records)
+        except Unavailable as error:
+            if isinstance(error.__cause__, _REFUSED):
+                return Invalid(f"Kafka does not take it: {type(error.__cause__).__name__}")
+            return error
+        except Exception as error:  # Whatever it is, it is told to who waits.
+            return error
+        return None
 
 
 class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has no types
@@ -173,15 +201,21 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             await stop_consumer(consumer)
 
     async def _fetch(self, consumer: AIOKafkaConsumer) -> None:
-        done, quiet_since = self.done, time.monotonic()
+        done, quiet_since, full_since = self.done, time.monotonic(), inf
         while True:
             room = self._room() - len(self._tasks)
-            paused = consumer.paused()
-            if room > 0 and paused:
-                consumer.resume(*(paused & consumer.assignment()))
-            elif room <= 0:
-                # Asked nevertheless, or the group would take us for dead.
+            if room > 0:
+                full_since = inf
+                consumer.resume(*(consumer.paused() & consumer.assignment()))
+            elif (now := time.monotonic()) - min(full_since, now) > _PAUSE_AFTER_S:
+                # Asked nevertheless, or the group would take us for dead. Not sooner: what was fetched is dropped.
                 consumer.pause(*consumer.assignment())
+            else:
+                full_since = min(full_since, now)
+                await self._wait_for_room()
+                if self._failure is not None:
+                    raise self._failure
+                continue
             batches = await consumer.getmany(timeout_ms=_POLL_MS if room > 0 else 0, max_records=max(1, room))
             for partition, records in batches.items():
                 self._begin(partition, records)

@@ -66,7 +66,7 @@ class IssuerTokens:
         while True:
             try:
                 keys = await self._read()
-            except (httpx.HTTPError, ValueError) as error:
+            except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
                 _log.warning("the issuer's keys cannot be read, going on with those known", reason=str(error)[:300])
             else:
                 if _published(keys) != _published(self._keys):
@@ -155,7 +155,7 @@ class IssuerTokens:
                 public = {name: value for name, value in each.items() if name in _PUBLIC}
                 try:
                     keys[str(each.get("kid", ""))] = _Key(public, jwt.PyJWK(public).key)
-                except jwt.PyJWTError as error:
+                except (jwt.PyJWTError, ValueError, TypeError) as error:
                     _log.warning("a key of the issuer is not usable", reason=_reason(error))
         if not keys:
             raise ValueError("the document of keys has none that can be used")

@@ -36,8 +36,8 @@ _QUEUED_LINES = 10_000
 # At info these write a line a request, or a page a consumer group, which nobody operates by.
 _TALKATIVE = ("aiokafka", "httpx")
 _CLOSE_S = 2.0
-# A key, and what stands between user and host of a URL.
-_SECRET = re.compile(rb"(?<=lp_)[A-Za-z0-9_-]{43}|(?<=://)([^\s/:@\"]*:)[^\s/@\"]+(?=@)")
+# A key, a token, and what stands between user and host of a URL.
+_SECRET = re.compile(rb"(?<=lp_)[A-Za-z0-9_-]{43}|eyJ[\w-]+\.[\w-]+\.[\w-]+|(?<=://)([^\s/:@\"]*:)[^\s/@\"]+(?=@)")
 
 
 class Telemetry:

@@ -111,12 +111,13 @@ def rotate(
         timedelta,
         typer.Option(parser=duration, metavar="1h", help="How long the old secret goes on beside it."),
     ] = "1h",  # type: ignore[assignment]  # typer gives it to the parser.
+    tenant: Tenant = None,
     json: Json = False,
 ) -> None:
     """Give a key's rights to a new secret, which is printed here and never again; the old one ends."""
     with connect(ctx) as client:
         # Of those that rotation left with one name it is the last.
-        key_id = _ids(client, key)[-1]
+        key_id = _ids(client, key, tenant)[-1]
         try:
             new = client.rotate_key(key_id, overlap=overlap)
         except NotFound as error:
@@ -129,10 +130,10 @@ def rotate(
 
 
 @commands.command()
-def revoke(ctx: typer.Context, key: Name, json: Json = False) -> None:
+def revoke(ctx: typer.Context, key: Name, tenant: Tenant = None, json: Json = False) -> None:
     """Revoke a key, by its name with all that rotation left of it; within a second it opens nothing any more."""
     with connect(ctx) as client:
-        ids = _ids(client, key)
+        ids = _ids(client, key, tenant)
         for key_id in ids:
             try:
                 client.revoke_key(key_id)
@@ -175,14 +176,14 @@ def _split(texts: list[str]) -> list[str]:
     return [word for text in texts for word in text.split(",")]
 
 
-def _ids(client: "Client", key: str) -> list[str]:
+def _ids(client: "Client", key: str, tenant: str | None) -> list[str]:
     """The ids of the keys of that name, the oldest first, or the one that is named by its id. Raises NotFound.
 
     What looks like an id is one: a key of another tenant is not in the list.
     """
     if _ID.fullmatch(key):
         return [key]
-    listed = client.keys()
+    listed = client.keys(tenant)
     found = [each.id for each in listed if each.name == key]
     if not found:
         raise NotFound(f"no key {key!r}", hint=_HINT)

@@ -12,6 +12,7 @@ from lepton.events import DEAD, Header, Kafka, Record, unknown_topic
 _STORY = "lepton-dlq-"
 _REPLAY = "lepton-replay"
 _REPLAY_OF = "lepton-replay-of"
+_FORBIDDEN = "forbidden"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +70,16 @@ def letters(kafka: Kafka, topic: str | None = None) -> list[Letter]:
 
 
 def chosen(found: Sequence[Letter], identity: str | None, *, force: bool) -> list[Letter]:
-    """Those with the id, or all, that were not replayed before (with `force` those, too). Raises NotFound, Conflict."""
-    meant = [each for each in found if identity in (None, each.id, each.place)]
+    """Those with the id, or all, that were not replayed before (with `force` those, too). Raises NotFound, Conflict.
+
+    A letter whose sender had no right is replayed by its id only: with a key of ours it would have ours.
+    """
+    meant = [
+        each
+        for each in found
+        if identity in (each.id, each.place)
+        or (identity is None and each.record.header(f"{_STORY}reason") != _FORBIDDEN)
+    ]
     if not meant:
         raise NotFound(
             f"There is no dead letter {identity!r}." if identity else "There are no dead letters.",

@@ -38,7 +38,7 @@ from lepton_gateway.request_ids import id_line
 from lepton_gateway.routes import Route, Routes
 
 _VERSION = version("lepton-gateway")
-_MAX_TARGETS = 4096
+_MAX_TARGETS, _MAX_TARGET_BYTES = 4096, 1024
 # What is answered before etcd's tables are read, and how long everything else waits for them.
 _AT_ONCE = frozenset({Page.SERVER, Page.LIVE, Page.READY, Page.PROCESS_LIVE, Page.PROCESS_READY})
 _START_PATIENCE_S, _START_GRAIN_S = 5.0, 0.05
@@ -118,9 +118,10 @@ class Api:
 
     def _understand(self, raw: bytes) -> Target:
         target = target_of(raw)
-        if len(self._targets) >= _MAX_TARGETS:
-            self._targets.clear()
-        self._targets[raw] = target
+        if len(raw) <= _MAX_TARGET_BYTES:  # Longer ones are nobody's habit.
+            if len(self._targets) >= _MAX_TARGETS:
+                self._targets.clear()
+            self._targets[raw] = target
         return target
 
     # --- through the mesh ---

@@ -24,7 +24,7 @@ from lepton_common.topics import dead_letters as dead_letter_topic
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from lepton_gateway.answers import Answer, Handle, request
-from lepton_gateway.async_requests import AsyncRequest, outcome_of, request_of
+from lepton_gateway.async_requests import MAX_KEY_BYTES, AsyncRequest, outcome_of, request_of
 
 GROUP = "lepton-inference"
 
@@ -74,10 +74,13 @@ class AsyncInference:
         room: Room,
         registry: CollectorRegistry,
         *,
+        tenant_of: Callable[[bytes], str],
         timeout_s: float,
         reply_topics: Sequence[str],
     ) -> None:
-        """`timeout_s`: how long a message is tried that says nothing of it, from when it was written."""
+        """`tenant_of` says whose an authorization is, "" for one that opens nothing. `timeout_s`: how long a message is
+        tried that says nothing of it, from when it was written."""
+        self._tenant_of = tenant_of
         self._ask = handle
         self._send = send
         self._room = room
@@ -95,13 +98,18 @@ class AsyncInference:
         )
 
     async def handle(self, asked: Asked) -> None:
-        """See above. Nothing that a producer wrote raises."""
+        """See above. Nothing that a producer wrote raises: a message that nobody can answer is a dead letter."""
         try:
-            message = foreign.read(asked.headers, asked.value, max_value_bytes=REQUESTS.max_message_bytes)
-            wanted = request_of(message, asked, self._timeout_s, self._reply_topics)
-        except Invalid as error:
-            await self._bury(asked, Failure(Reason.UNDECODABLE, error, 1, datetime.now(UTC)))
-            return
+            await self._handle(asked)
+        except Exception as error:  # Whatever it is, the other messages flow on.
+            reason = Reason.UNDECODABLE if isinstance(error, Invalid) else Reason.FAILED
+            await self._bury(asked, Failure(reason, error, 1, datetime.now(UTC)))
+
+    async def _handle(self, asked: Asked) -> None:
+        """Raises Invalid for a message that cannot be understood, or whose outcome Kafka does not take."""
+        message = foreign.read(asked.headers, asked.value, max_value_bytes=REQUESTS.max_message_bytes)
+        tenant = self._tenant_of(message.authorization or b"")
+        wanted = request_of(message, asked, tenant, self._timeout_s, self._reply_topics)
         async with self._turn(wanted):
             began = time.time()
             answer = await self._answer(wanted)
@@ -138,7 +146,7 @@ class AsyncInference:
             await asyncio.sleep(min(backoff_s * random.uniform(0.5, 1.5), max(0.0, left_s)))  # noqa: S311 - no secret
             backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
         self._sizes.set(self._room.size())
-        if len(answer.body) > RESULTS.max_message_bytes - 64 * 1024:
+        if len(answer.body) > RESULTS.max_message_bytes - 2 * MAX_KEY_BYTES:
             return _failed(413, f"the answer has {len(answer.body)} bytes: more than a message may have")
         return answer
 

@@ -21,6 +21,7 @@ _IDS = UUID("6f2f9f0e-3b7b-4c56-9d0c-2a4e0f5f7a11")
 _BINARY = "application/octet-stream"
 _LENGTH = "inference-header-content-length"
 _PREFIX = "lepton-"
+MAX_KEY_BYTES = 64 * 1024
 _MAX_TIMEOUT_MS = 7 * 24 * 3600 * 1000
 
 
@@ -29,6 +30,7 @@ class AsyncRequest:
     """One inference that somebody wants. `deadline` is Unix time in seconds; `key` is set where order matters."""
 
     id: str
+    tenant: str
     outcome_id: UUID
     target: bytes
     headers: Mapping[bytes, bytes]
@@ -38,12 +40,16 @@ class AsyncRequest:
     key: bytes | None
 
 
-def request_of(message: Message, asked: Asked, timeout_s: float, reply_topics: Sequence[str]) -> AsyncRequest:
-    """The request in a message. Raises Invalid naming what is wrong.
+def request_of(
+    message: Message, asked: Asked, tenant: str, timeout_s: float, reply_topics: Sequence[str]
+) -> AsyncRequest:
+    """The request in a tenant's message. Raises Invalid naming what is wrong.
 
     `model`, `version`, `reply_topic`, `timeout_ms` and `ordered` stand in the JSON beside OIP's own fields, or in
     headers `lepton-model` …, which go before. `timeout_s` holds where the message has none, from when it was written.
     """
+    if len(asked.key or b"") > MAX_KEY_BYTES:
+        raise Invalid(f"key: {len(asked.key or b'')} bytes, at most {MAX_KEY_BYTES} are taken, for outcomes repeat it")
     options = _options(message)
     model = options.get("model")
     if not isinstance(model, str) or not model:
@@ -69,7 +75,8 @@ def request_of(message: Message, asked: Asked, timeout_s: float, reply_topics: S
         raise Invalid("ordered must be true or false")
     return AsyncRequest(
         identity,
-        uuid5(_IDS, f"{message.source}\n{identity}"),
+        tenant,
+        uuid5(_IDS, f"{tenant}\n{message.source}\n{identity}"),
         infer_target(model, _version(options.get("version"))),
         headers,
         message.data,
@@ -88,6 +95,7 @@ def outcome_of(request: AsyncRequest, asked: Asked, answer: Answer, began: float
         "ce_type": "InferenceAnswered" if answer.status == 200 else "InferenceFailed",
         "ce_time": datetime.fromtimestamp(now, UTC).isoformat(),
         "ce_correlationid": request.id,
+        "ce_tenant": request.tenant,
         "content-type": answer.headers.get(b"content-type", b"application/json").decode("latin-1"),
         "lepton-status": str(answer.status),
         "lepton-version": answer.headers.get(b"x-lepton-version", b"").decode("latin-1"),

@@ -45,6 +45,14 @@ class Callers:
         authorise(caller, None, model=model)
         return caller
 
+    def tenant_of(self, authorization: bytes) -> str:
+        """Whose key or token it is; "" when it opens nothing. Nobody is refused by this, and nothing noted."""
+        try:
+            secret = secret_of(authorization, None)
+            return "" if secret is None else self._keys.check(secret, Scope.INFER, datetime.now(UTC)).tenant
+        except Denied:
+            return ""
+
     def check_operator(self, request: Request) -> None:
         """Raises Unauthenticated or Forbidden unless the caller is the operator."""
         check_operator(self.check(request, Scope.ADMIN))

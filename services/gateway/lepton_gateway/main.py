@@ -91,6 +91,7 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
         sender.send,
         room,
         telemetry.registry,
+        tenant_of=callers.tenant_of,
         timeout_s=settings.async_timeout_s,
         reply_topics=[each for each in settings.reply_topics.split(",") if each],
     )
@@ -103,11 +104,16 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
         instance=settings.instance,
     )
     service.on_close(sender.close)
-    service.background(intake.run)
+
+    async def hear() -> None:
+        await keys.mirror.synced()  # Whose a message is decides about the id of its outcome.
+        await intake.run()
+
+    service.background(hear)
     service.background(partial(watch_over, admission))
     service.every(SHARE_EVERY_S, quotas.share)
     service.serve(server)
-    rpc_api = RpcApi(api.handle, service.readiness, settings.max_body_bytes)
+    rpc_api = RpcApi(api.handle, callers, service.readiness, settings.max_body_bytes)
     service.serve(http2.Server(rpc_api.handle), port=settings.grpc_port)
     admin = Server(metrics_page(telemetry.render_metrics))
     service.serve(admin, host=settings.admin_host, port=settings.admin_port)

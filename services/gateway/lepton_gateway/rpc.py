@@ -76,14 +76,14 @@ def status_of_http(status: int) -> Status:
 
 def trailers(status: Status, message: str = "", metadata: Iterable[tuple[bytes, bytes]] = ()) -> bytes:
     """The header block that ends an answer."""
-    return _status_block(status, message) + b"".join([literal(*each) for each in metadata])
+    return _status_block(status, message[:_MAX_TOLD]) + b"".join([literal(*each) for each in metadata])
 
 
 @lru_cache(maxsize=256)
 def _status_block(status: Status, message: str) -> bytes:
     block = literal(b"grpc-status", b"%d" % status)
     if message:
-        block += literal(b"grpc-message", quote(message[:_MAX_TOLD], safe=" !#$&'()*+,/:;=?@[]{}\"<>|").encode())
+        block += literal(b"grpc-message", quote(message, safe=" !#$&'()*+,/:;=?@[]{}\"<>|").encode())
     return block
 
 
@@ -112,6 +112,12 @@ class Room:
             raise Overloaded(f"message: {size} bytes, more than there is room for now", retry_after_s=1)
         self.free -= size
 
+    def more(self, size: int) -> int:
+        """A message is larger than it was said to be, as compressed ones are: so much more room is taken."""
+        size = max(0, size)
+        self.take(size)
+        return size
+
 
 class Call(Sink, ABC):
     """One call of a method. Subclasses get its messages, and answer it."""
@@ -123,7 +129,7 @@ class Call(Sink, ABC):
         self.deadline = _deadline(stream.head.headers.get(b"grpc-timeout"))
 
     def metadata(self) -> dict[bytes, bytes]:
-        """What the caller sent beside the messages, as HTTP headers. Raises DeadlineExceeded when the time is up."""
+        """What the caller sent beside the messages, as HTTP headers."""
         found = {
             name: value
             for name, value in self.stream.head.headers.items()
@@ -227,7 +233,9 @@ class Unary(Call):
                 body = body[PREFIX_BYTES:]
             else:
                 del body[:PREFIX_BYTES]
-            self.asked(self.message_of(prefix, body))
+            message = self.message_of(prefix, body)
+            self._size += self.room.more(len(message) - self._size)
+            self.asked(message)
         except Exception as error:  # A handler's mistake costs its own call only.
             self.refuse(error)
 

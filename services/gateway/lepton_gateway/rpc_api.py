@@ -9,13 +9,15 @@ from typing import Any
 import orjson
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError, Message
-from lepton_common.errors import Invalid
+from lepton_common.errors import Denied, Invalid, LeptonError, status_of
 from lepton_common.health import Readiness
 from lepton_common.http2 import Sink, Stream
+from lepton_common.records import Scope
 
 from lepton_gateway import inference_pb2 as pb
 from lepton_gateway import rpc_reflection
-from lepton_gateway.answers import Answer, Handle
+from lepton_gateway.answers import Answer, Handle, request
+from lepton_gateway.callers import Callers
 from lepton_gateway.rpc import Refusal, Room, Status, Unary, not_grpc, status_of_http
 from lepton_gateway.rpc_codec import model_target, parameters_of
 from lepton_gateway.rpc_health import Check, Watch
@@ -24,6 +26,8 @@ from lepton_gateway.rpc_infer import ModelInfer, ModelStreamInfer, ask, metadata
 SERVICE = "inference.GRPCInferenceService"
 _HEALTH = "grpc.health.v1.Health"
 _NOT_SHARED = "shared memory is not supported: send tensors as raw_input_contents"
+
+_INFER = frozenset((b"/%b/ModelInfer" % SERVICE.encode(), b"/%b/ModelStreamInfer" % SERVICE.encode()))
 
 Line = tuple[str, bytes, Any]  # method, target, and the JSON document or None
 
@@ -187,7 +191,8 @@ class Asked(Unary):
 class RpcApi:
     """Answers calls. `handle` is the HTTP/2 server's handler; `api` answers HTTP requests."""
 
-    def __init__(self, api: Handle, readiness: Readiness, max_message_bytes: int) -> None:
+    def __init__(self, api: Handle, callers: Callers, readiness: Readiness, max_message_bytes: int) -> None:
+        self._callers = callers
         room = Room(max_message_bytes)
         self._calls: dict[bytes, Callable[[Stream], Sink]] = {
             _path(SERVICE, "ModelInfer"): lambda stream: ModelInfer(stream, room, api),
@@ -214,7 +219,22 @@ class RpcApi:
         if call is None:
             told = head.path[:200].decode("latin-1")
             return Refusal(stream, Status.UNIMPLEMENTED, f"no such method: {told}")
+        if head.path in _INFER and (denied := self._denied(stream)) is not None:
+            return Refusal(stream, status_of_http(status_of(denied)), denied.message)
         return call(stream)
+
+    def _denied(self, stream: Stream) -> Denied | None:
+        """Why the caller may infer nothing at all: known before memory is spent on what they send."""
+        headers = {**stream.head.headers, b"host": stream.head.host}
+        asked = request("POST", stream.head.path, headers, b"", lambda answer: None, stream.peer)
+        try:
+            self._callers.check(asked, Scope.INFER)
+        except Denied as error:
+            self._callers.refused(asked, error, stream.head.path.decode("latin-1"))
+            return error
+        except LeptonError:
+            pass  # Not known yet: the call itself waits for it.
+        return None
 
 
 def _path(service: str, method: str) -> bytes:

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import orjson
 from google.protobuf.message import DecodeError
-from lepton_common.errors import Invalid, Unsupported
+from lepton_common.errors import Invalid, NotFound, Unsupported
 from lepton_common.http11_request import Buffer
 
 from lepton_gateway import inference_pb2 as pb
@@ -35,6 +35,7 @@ _CONTENTS = {
 }
 _LENGTH_BYTES = 4
 _LARGE_BYTES = 256 << 10
+_MAX_NAME = 253
 _MAX_VARINT_BYTES = 10
 _RAW_INPUT = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2
 _RAW_OUTPUT = pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER
@@ -44,8 +45,17 @@ assert sys.byteorder == "little", "raw tensors are little-endian"
 
 
 def infer_target(model: str, version: str) -> bytes:
-    """The path of the model's inference."""
-    return _target(model, version, "/infer")
+    """The path of the model's inference. Raises NotFound for what can be no model's name or version."""
+    return _checked_target(model, version, "/infer")
+
+
+def _checked_target(model: str, version: str, verb: str) -> bytes:
+    """Longer ones are no names, and must not be remembered."""
+    if len(model) > _MAX_NAME:
+        raise NotFound(f"model {model[:80]!r} is not known")
+    if len(version) > _MAX_NAME:
+        raise NotFound(f"model {model[:80]!r} has no version {version[:80]!r}")
+    return _target(model, version, verb)
 
 
 @lru_cache(maxsize=4096)
@@ -58,7 +68,7 @@ def model_target(model: str, version: str, verb: str = "") -> bytes:
     """The path of a model, or of something about it: `/ready`, `/config`, `/stats`. Raises Invalid without a name."""
     if not model:
         raise Invalid("name: a model's name is missing")
-    return _target(model, version, verb)
+    return _checked_target(model, version, verb)
 
 
 def read_request(message: bytes | bytearray) -> tuple[pb.ModelInferRequest, Sequence[Buffer]]:

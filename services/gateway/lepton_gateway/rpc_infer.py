@@ -49,6 +49,7 @@ def _ask_infer(
     message, raw = read_request(data)
     if not message.model_name:
         raise Invalid("model_name is missing")
+    target = infer_target(message.model_name, message.model_version)
     header_length, body = encode_request(message, raw)
     typed = wants_typed(message)
     final = "triton_enable_empty_final_response" in message.parameters
@@ -56,7 +57,7 @@ def _ask_infer(
         call,
         handle,
         "POST",
-        infer_target(message.model_name, message.model_version),
+        target,
         body,
         lambda answer: then(answer, typed, final),
         inference_header_content_length=b"%d" % header_length,
@@ -108,24 +109,27 @@ class ModelStreamInfer(Call):
         self._under_way: deque[_Turn] = deque()
         self._ended = False
         self._started = False
+        self._finished = False
 
     def received(self, data: bytes) -> None:
-        self._buffer += data
-        self._unpaid += len(data)
-        self._take()
+        if not self._finished:
+            self._buffer += data
+            self._unpaid += len(data)
+            self._take()
 
     def ended(self) -> None:
         self._ended = True
         self._take()
 
     def lost(self) -> None:
-        for turn in self._under_way:
-            if turn.request is not None and turn.request.on_disconnect is not None:
-                turn.request.on_disconnect()
         self._leave()
 
     def _leave(self) -> None:
-        """All room is free again."""
+        """Nothing more is asked or answered: what is under way is given up, and all room is free again."""
+        self._finished = True
+        for turn in tuple(self._under_way):
+            if turn.request is not None and turn.request.on_disconnect is not None:
+                turn.request.on_disconnect()
         self.room.free += sum(turn.size for turn in self._under_way) + (self._size or 0)
         self._size = None
         self._under_way.clear()
@@ -133,7 +137,7 @@ class ModelStreamInfer(Call):
 
     def _take(self) -> None:
         """Messages that are whole are asked, as long as the caller takes the answers."""
-        while not self.stream.closed and len(self._under_way) < _MAX_UNDER_WAY:
+        while not self._finished and not self.stream.closed and len(self._under_way) < _MAX_UNDER_WAY:
             if self.stream.unsent_bytes > _MAX_UNSENT_BYTES:
                 asyncio.get_running_loop().call_later(_GRAIN_S, self._take)
                 return
@@ -143,7 +147,7 @@ class ModelStreamInfer(Call):
             except LeptonError as error:
                 self._finish(error)
                 return
-        if self._ended and not self._under_way and not self.stream.closed:
+        if self._ended and not self._under_way and not self._finished and not self.stream.closed:
             self._finish(Invalid("the last message is not whole") if self._buffer else None)
 
     def _take_one(self) -> bool:
@@ -163,6 +167,7 @@ class ModelStreamInfer(Call):
         self._under_way.append(turn)
         self._size = None
         message = self._pop(PREFIX_BYTES + turn.size)
+        turn.size += self.room.more(len(message) - turn.size)
 
         def answered(answer: Answer, typed: bool, final: bool) -> None:
             turn.answer = _stream_response(self, answer, typed=typed, final=final)
@@ -189,7 +194,7 @@ class ModelStreamInfer(Call):
     def _send_answers(self) -> None:
         """What is answered is sent, up to the first that is not."""
         moved = False
-        while self._under_way and (answer := self._under_way[0].answer) is not None:
+        while not self._finished and self._under_way and (answer := self._under_way[0].answer) is not None:
             self.room.free += self._under_way.popleft().size
             if not self._started:
                 self._started = True

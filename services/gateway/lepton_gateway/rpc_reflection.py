@@ -32,8 +32,11 @@ class Reflection(Call):
         super().__init__(stream, Room(_MAX_MESSAGE_BYTES))
         self._buffer = b""
         self._started = False
+        self._finished = False
 
     def received(self, data: bytes) -> None:
+        if self._finished:
+            return
         self._buffer += data
         self.stream.credit(len(data))
         if self.stream.unsent_bytes > _MAX_UNSENT_BYTES:  # Asked, and the answers not taken.
@@ -53,12 +56,16 @@ class Reflection(Call):
                 for each in framed([_answer(message).SerializeToString()]):
                     self.stream.send(each)
         except LeptonError as error:
-            self._start()
-            self.stream.end(trailers(Status.INVALID_ARGUMENT, error.message))
+            self._finish(trailers(Status.INVALID_ARGUMENT, error.message))
 
     def ended(self) -> None:
+        if not self._finished:
+            self._finish(trailers(Status.OK))
+
+    def _finish(self, last: bytes) -> None:
+        self._finished = True
         self._start()
-        self.stream.end(trailers(Status.OK))
+        self.stream.end(last)
 
     def lost(self) -> None:
         """Nothing to undo."""

@@ -25,8 +25,8 @@ def asked(value: Any = None, **headers: str) -> Asked:
     return Asked("requests", 3, 77, 1_000_000, b"k", data, [("authorization", KEY), *told])
 
 
-def understood(record: Asked, *reply_topics: str) -> AsyncRequest:
-    return request_of(foreign.read(record.headers, record.value), record, 60.0, reply_topics)
+def understood(record: Asked, *reply_topics: str, tenant: str = "acme") -> AsyncRequest:
+    return request_of(foreign.read(record.headers, record.value), record, tenant, 60.0, reply_topics)
 
 
 def test_a_plain_message_names_its_model_in_the_json() -> None:
@@ -46,10 +46,11 @@ def test_headers_go_before_the_json_which_is_then_not_read() -> None:
     assert request.body == b"not read"
 
 
-def test_the_id_of_the_outcome_follows_from_source_and_id_alone() -> None:
+def test_the_id_of_the_outcome_follows_from_tenant_source_and_id_alone() -> None:
     ids = {understood(asked({"model": model}, id="7")).outcome_id for model in ("m", "n")}
     assert len(ids) == 1
     assert understood(asked(id="8")).outcome_id not in ids
+    assert understood(asked(id="7"), tenant="other").outcome_id not in ids, "two tenants may use the same id"
     assert understood(asked()).id == "requests/3/77"
     assert isinstance(ids.pop(), UUID)
 
@@ -80,6 +81,15 @@ def test_a_message_without_a_key_is_refused() -> None:
     bare = Asked(record.topic, record.partition, record.offset, record.at_ms, None, record.value, [])
     with pytest.raises(Invalid, match="authorization"):
         understood(bare)
+
+
+def test_a_key_too_long_to_be_repeated_is_refused() -> None:
+    record = asked()
+    long = Asked(
+        record.topic, record.partition, record.offset, record.at_ms, b"k" * 70_000, record.value, record.headers
+    )
+    with pytest.raises(Invalid, match="key: 70000 bytes"):
+        understood(long)
 
 
 def test_answers_go_to_other_topics_only_where_the_operator_allows_it() -> None:
