@@ -233,8 +233,7 @@ class KafkaBus:
     async def _bury(self, record: ConsumerRecord, kind: str, failure: Failure) -> None:
         """The record is among the dead letters. Until it is, nothing more is read: better late than lost."""
         origin = Origin(record.topic, record.partition, record.offset, self._group)
-        pairs = [(name, value or b"") for name, value in record.headers]
-        headers = dead_letters.headers(pairs, origin, failure)
+        headers = dead_letters.headers(record.headers, origin, failure)
         value = record.value and dead_letters.without_keys(record.value)
         letter = Record(dead_letter_topic(record.topic), record.key, value, headers)
         _log.error("dead letter", type=kind, reason=failure.reason.value, origin=str(origin), exc_info=failure.error)

@@ -164,7 +164,7 @@ def _configure_logs(service: str, level: str, lines: LineWriter) -> _Handler:
         _render,
     )
     structlog.configure(
-        processors=processors,
+        processors=list(processors),
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
         logger_factory=lambda *_: _Logger(lines),
         cache_logger_on_first_use=False,
