@@ -59,7 +59,11 @@ def headers(original: Sequence[tuple[str, bytes]], origin: Origin, failure: Fail
     secret = {name.lower() for name, _ in original} - {name.lower() for name, _ in without_secrets(original)}
     if secret:
         story["without"] = ", ".join(sorted(secret))
-    kept = [(name, without_keys(value)) for name, value in without_secrets(original) if not name.startswith(PREFIX)]
+    kept = [
+        (name, value and without_keys(value))
+        for name, value in without_secrets(original)
+        if not name.startswith(PREFIX)
+    ]
     return [*kept, *((PREFIX + name, value.encode()) for name, value in story.items())]
 
 
