@@ -57,7 +57,7 @@ class Callers:
 
     def __init__(self, port: int, body: bytes) -> None:
         self._port, self._body = port, body
-        self._head = f"POST /v2/models/{MODEL}/infer HTTP/1.1\r\nhost: benchmark\r\n".encode()
+        self._head = f"POST /v2/models/{MODEL}/infer HTTP/1.1\r\nhost: localhost\r\n".encode()
         self.latencies_ms: list[float] = []
         self._over = threading.Event()
         self._thread = threading.Thread(target=lambda: uvloop.run(self._call()))

@@ -32,7 +32,9 @@ _COMMIT_TIMEOUT_S = 5.0
 _DRAIN_S = 5.0
 _STALL_S = 30.0
 _PAUSE_AFTER_S = 60.0
-_MAX_SENT = 500
+# In one turn of the loop, so that others on it wait no longer than for these.
+_MAX_AT_ONCE = 8
+_MAX_SENT = 64
 # What no repetition stores.
 _REFUSED = (
     InvalidTopicError,
@@ -216,7 +218,9 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
                 if self._failure is not None:
                     raise self._failure
                 continue
-            batches = await consumer.getmany(timeout_ms=_POLL_MS if room > 0 else 0, max_records=max(1, room))
+            batches = await consumer.getmany(
+                timeout_ms=_POLL_MS if room > 0 else 0, max_records=min(max(1, room), _MAX_AT_ONCE)
+            )
             for partition, records in batches.items():
                 self._begin(partition, records)
             if self._failure is not None:

@@ -34,7 +34,7 @@ class Settings(CommonSettings):
     """bytes of a request's body, or of a gRPC message, as sent"""
     cache_bytes: Annotated[int, Field(ge=0)] = 256 << 20
     """bytes that the answers kept for all models whose cache is on may take together"""
-    async_concurrency: Annotated[int, Field(ge=1, le=10_000)] = 256
+    async_concurrency: Annotated[int, Field(ge=1, le=10_000)] = 64
     """most requests over Kafka that are worked on at a time"""
     async_timeout_s: Annotated[float, Field(gt=0, le=604_800)] = 3600.0
     """seconds from its writing that a request over Kafka is tried which says nothing of it"""
