@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 from lepton_common.http11_connection import Connection
 from lepton_common.http11_request import JSON, Buffer, Head, Request, error_body, header_block
+from lepton_common.listener import Listener
 
 __all__ = ["JSON", "Buffer", "Handler", "Request", "Server", "ServerLimits", "error_body", "header_block"]
 
 Handler = Callable[[Request], None]
 
-_SWEEP_S = 0.1
 _MAX_HEADS = 1024
 
 
@@ -40,52 +40,19 @@ class ServerLimits:
     max_pipelined: int = 16
 
 
-class Server:
+class Server(Listener[Connection]):
     """Listens on one address and hands every request to `handler`."""
 
     def __init__(self, handler: Handler, limits: ServerLimits | None = None) -> None:
+        super().__init__()
         self.handler = handler
         self.limits = limits or ServerLimits()
-        self.connections: set[Connection] = set()
         # Heads by their bytes: a caller repeats its own. Unique ones (trace ids) only pass through.
         self.heads: dict[bytes, Head] = {}
-        self.rejected = 0
-        self.draining = False
-        self.now = 0.0  # loop time of the last sweep
         self.date = b""
-        self._empty = asyncio.Event()
-        self._listener: asyncio.Server | None = None
-        self._timer: asyncio.TimerHandle | None = None
 
-    async def start(self, host: str, port: int = 0) -> None:
-        """Accept connections on host:port; port 0 takes a free one, see `address`."""
-        loop = asyncio.get_running_loop()
-        self._sweep(loop)
-        self._listener = await loop.create_server(lambda: Connection(self), host, port, backlog=1024)
-
-    @property
-    def address(self) -> tuple[str, int]:
-        assert self._listener is not None, "the server is not started"
-        host, port = self._listener.sockets[0].getsockname()[:2]
-        return str(host), int(port)
-
-    async def drain(self, grace_s: float) -> None:
-        """Accept no more, let what is in flight finish within `grace_s`, then close everything."""
-        self.draining = True
-        if self._listener is not None:
-            self._listener.close()
-        for connection in tuple(self.connections):
-            connection.leave()
-        try:
-            async with asyncio.timeout(grace_s):
-                while self.connections:
-                    self._empty.clear()
-                    await self._empty.wait()
-        except TimeoutError:
-            for connection in tuple(self.connections):
-                connection.abort()
-        if self._timer is not None:
-            self._timer.cancel()
+    def accept(self) -> asyncio.Protocol:
+        return Connection(self)
 
     def remember(self, data: bytes, head: Head) -> None:
         """Keep the parsed head when `data` was exactly that head and the body it announced."""
@@ -95,25 +62,17 @@ class Server:
                 self.heads.clear()
             self.heads[data[:cut]] = head
 
-    def lost(self, connection: Connection) -> None:
-        self.connections.discard(connection)
-        if not self.connections:
-            self._empty.set()
-
     def failed(self, request: Request, error: Exception) -> None:
         """A handler raised: the caller gets a 500 without details, the loop's exception handler gets the error."""
-        asyncio.get_running_loop().call_exception_handler(
+        self.loop.call_exception_handler(
             {"message": f"handler of {request.method} {request.path} failed", "exception": error}
         )
         if not request.answered:
             request.respond(500, JSON, error_body("internal error"))
 
-    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
-        """The one timer of all connections."""
-        self.now = loop.time()
+    def sweep(self) -> None:
         self.date = f"date: {email.utils.formatdate(usegmt=True)}\r\n".encode()
         for connection in tuple(self.connections):
             connection.probe()
             if connection.deadline <= self.now:
                 connection.expire()
-        self._timer = loop.call_later(_SWEEP_S, self._sweep, loop)

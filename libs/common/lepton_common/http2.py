@@ -18,12 +18,11 @@ from lepton_common.http2_connection import Connection
 from lepton_common.http2_frames import Code
 from lepton_common.http2_headers import RequestHead, literal
 from lepton_common.http2_stream import Sink, Stream
+from lepton_common.listener import Listener
 
 __all__ = ["Code", "Handler", "RequestHead", "Server", "ServerLimits", "Sink", "Stream", "literal"]
 
 Handler = Callable[[Stream], Sink | None]
-
-_SWEEP_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,70 +46,28 @@ class ServerLimits:
     write_timeout_s: float = 30.0
 
 
-class Server:
+class Server(Listener[Connection]):
     """Listens on one address and hands every request to `handler` as soon as its headers are there."""
 
     def __init__(self, handler: Handler, limits: ServerLimits | None = None) -> None:
+        super().__init__()
         self.handler = handler
         self.limits = limits or ServerLimits()
-        self.connections: set[Connection] = set()
-        self.rejected = 0
-        self.draining = False
         self.unsent_bytes = 0
-        self.now = 0.0  # loop time of the last sweep
-        self.loop: asyncio.AbstractEventLoop
-        self._empty = asyncio.Event()
-        self._listener: asyncio.Server | None = None
-        self._timer: asyncio.TimerHandle | None = None
 
-    async def start(self, host: str, port: int = 0) -> None:
-        """Accept connections on host:port; port 0 takes a free one, see `address`."""
-        self.loop = asyncio.get_running_loop()
-        self._sweep()
-        self._listener = await self.loop.create_server(lambda: Connection(self), host, port, backlog=1024)
-
-    @property
-    def address(self) -> tuple[str, int]:
-        assert self._listener is not None, "the server is not started"
-        host, port = self._listener.sockets[0].getsockname()[:2]
-        return str(host), int(port)
-
-    async def drain(self, grace_s: float) -> None:
-        """Accept no more, let what is in flight finish within `grace_s`, then close everything."""
-        self.draining = True
-        if self._listener is not None:
-            self._listener.close()
-        for connection in tuple(self.connections):
-            connection.leave()
-        try:
-            async with asyncio.timeout(grace_s):
-                while self.connections:
-                    self._empty.clear()
-                    await self._empty.wait()
-        except TimeoutError:
-            for connection in tuple(self.connections):
-                connection.abort()
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def lost(self, connection: Connection) -> None:
-        self.connections.discard(connection)
-        if not self.connections:
-            self._empty.set()
+    def accept(self) -> asyncio.Protocol:
+        return Connection(self)
 
     def failed(self, stream: Stream, error: Exception) -> None:
         """A handler or sink raised: the loop's exception handler gets the error."""
         path = stream.head.path[:200].decode("latin-1")
         self.loop.call_exception_handler({"message": f"handler of {path} failed", "exception": error})
 
-    def _sweep(self) -> None:
-        """The one timer of all connections."""
-        self.now = self.loop.time()
+    def sweep(self) -> None:
         for connection in tuple(self.connections):
             connection.sweep(self.now)
         if self.unsent_bytes > self.limits.max_unsent_bytes:
             self._shed()
-        self._timer = self.loop.call_later(_SWEEP_S, self._sweep)
 
     def _shed(self) -> None:
         """Those who have taken nothing for the longest time lose their answers, until there is room."""
