@@ -111,3 +111,4 @@ async def test_answer_that_is_not_read_is_given_up(server: AppServer, peer: Peer
             await asyncio.sleep(0.01)
         while server.server_state.tasks or server.server_state.connections:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+    assert not server.server_state.tasks, "nothing is kept for a peer that does not read"

@@ -142,6 +142,7 @@ async def test_two_intakes_share_the_partitions_and_one_takes_over(kafka: str, n
             await until(lambda: len({*first.done, *second.done}) == 10)
         await write(kafka, *numbers[10:])
         await until(lambda: {*first.done, *second.done} == first.wanted)
+        assert set(second.done) >= {b"%d" % each for each in numbers[10:]}, "who is left has all of the rest"
 
 
 async def test_a_record_that_kafka_does_not_take_costs_no_other(kafka: str) -> None:
