@@ -1,5 +1,6 @@
 """The way of one model's requests into one pool of workers: the places they take, and how long they take them. Pure."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from lepton_common.errors import LeptonError
@@ -37,7 +38,7 @@ class Answer:
     served: bool = True
 
 
-class Ticket(Entry):
+class Ticket(Entry, ABC):
     """A request that could not be let through without a look. Subclasses say what happens at its turn."""
 
     __slots__ = ("arrived", "before", "key", "lane", "sent")
@@ -50,13 +51,13 @@ class Ticket(Entry):
         self.before = 0  # how many of its lane and class had started when it began to wait
         self.sent: float | None = None
 
+    @abstractmethod
     def start(self) -> None:
         """It is its turn. `Admission.leave` is to be called when it is over."""
-        raise NotImplementedError
 
+    @abstractmethod
     def refuse(self, error: LeptonError) -> None:
         """It has waited in vain."""
-        raise NotImplementedError
 
 
 class Pool:

@@ -117,5 +117,6 @@ class Use:
             self.day.take()
 
     def is_idle(self, now: float) -> bool:
-        """Whether forgetting it would change nothing."""
-        return self.in_flight == 0 and self.day is None and (self._bucket is None or self._bucket.is_full(now))
+        """Whether forgetting it would change nothing: what was used today is not known otherwise."""
+        is_rested = self._bucket is None or self._bucket.is_full(now)
+        return self.in_flight == 0 and is_rested and (self.day is None or not self.day.used)

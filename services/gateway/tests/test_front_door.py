@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from lepton_common.auth import Caller
+from lepton_common.errors import LeptonError
 from lepton_common.etcd import EtcdClient
 from lepton_common.http11 import JSON, Request
 from lepton_common.records import QUOTAS, KeyLimits, Limits, QuotaUse, Scope
@@ -115,6 +116,9 @@ class Gateway:
 
 class Asked(Ticket):
     def start(self) -> None: ...
+
+    def refuse(self, error: LeptonError) -> None:
+        raise error
 
 
 async def test_gateways_count_a_day_together_and_restarts_forget_nothing(etcd: EtcdClient) -> None:
