@@ -1,4 +1,7 @@
-"""Every event in Lepton, in the order of a model's life. Facts, never commands."""
+"""Every event in Lepton, in the order of a model's life. Facts, never commands.
+
+Longer than other files on purpose: all events are on one page, so that a reader finds what can be heard in one place.
+"""
 
 from abc import ABC, abstractmethod
 from datetime import UTC, datetime

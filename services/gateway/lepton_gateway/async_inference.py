@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import structlog
 from lepton_common import dead_letters, foreign
 from lepton_common.dead_letters import Failure, Origin, Reason
-from lepton_common.errors import Forbidden, Invalid, LeptonError, Unavailable
+from lepton_common.errors import Forbidden, Invalid, LeptonError, NotFound, Unavailable
 from lepton_common.http11 import error_body
 from lepton_common.kafka_client import Record
 from lepton_common.kafka_intake import Asked
@@ -36,6 +36,8 @@ _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.05, 5.0
 _FIRST_ROOM, _LEAST_ROOM = 32.0, 4.0
 _SHRINK = 0.7
 _SHRINK_EVERY_S = 0.1
+
+_OWN_TOPICS = frozenset((RESULTS.name, dead_letter_topic(REQUESTS.name)))
 
 Send = Callable[[Record], Awaitable[None]]
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -71,6 +73,7 @@ class AsyncInference:
         self,
         handle: Handle,
         send: Send,
+        send_elsewhere: Send,
         room: Room,
         registry: CollectorRegistry,
         *,
@@ -78,11 +81,14 @@ class AsyncInference:
         timeout_s: float,
         reply_topics: Sequence[str],
     ) -> None:
-        """`tenant_of` says whose an authorization is, "" for one that opens nothing. `timeout_s`: how long a message is
-        tried that says nothing of it, from when it was written."""
+        """`send` stores outcomes and dead letters, `send_elsewhere` outcomes on topics that callers name: one that does
+        not exist, which takes a while to find out, holds up no others. `tenant_of` says whose an authorization is, ""
+        for one that opens nothing. `timeout_s`: how long a message is tried that says nothing of it, from when it was
+        written."""
         self._tenant_of = tenant_of
         self._ask = handle
         self._send = send
+        self._send_elsewhere = send_elsewhere
         self._room = room
         self._timeout_s = timeout_s
         self._reply_topics = reply_topics
@@ -100,16 +106,19 @@ class AsyncInference:
     async def handle(self, asked: Asked) -> None:
         """See above. Nothing that a producer wrote raises: a message that nobody can answer is a dead letter."""
         try:
-            await self._handle(asked)
+            message = foreign.read(asked.headers, asked.value, max_value_bytes=REQUESTS.max_message_bytes)
+            tenant = self._tenant_of(message.authorization or b"")
+            wanted = request_of(message, asked, tenant, self._timeout_s, self._reply_topics)
+        except (Invalid, NotFound) as error:
+            await self._bury(asked, Failure(Reason.UNDECODABLE, error, 1, datetime.now(UTC)))
+            return
+        try:
+            await self._work(asked, wanted)
         except Exception as error:  # Whatever it is, the other messages flow on.
-            reason = Reason.UNDECODABLE if isinstance(error, Invalid) else Reason.FAILED
-            await self._bury(asked, Failure(reason, error, 1, datetime.now(UTC)))
+            await self._bury(asked, Failure(Reason.FAILED, error, 1, datetime.now(UTC)))
 
-    async def _handle(self, asked: Asked) -> None:
-        """Raises Invalid for a message that cannot be understood, or whose outcome Kafka does not take."""
-        message = foreign.read(asked.headers, asked.value, max_value_bytes=REQUESTS.max_message_bytes)
-        tenant = self._tenant_of(message.authorization or b"")
-        wanted = request_of(message, asked, tenant, self._timeout_s, self._reply_topics)
+    async def _work(self, asked: Asked, wanted: AsyncRequest) -> None:
+        """The outcome is stored, or a dead letter. Raises Invalid where Kafka does not take the outcome."""
         async with self._turn(wanted):
             began = time.time()
             answer = await self._answer(wanted)
@@ -180,10 +189,11 @@ class AsyncInference:
 
     async def _store(self, record: Record) -> None:
         """Kafka has the record. While it is away nothing is lost: the message is not done."""
+        send = self._send if record.topic in _OWN_TOPICS else self._send_elsewhere
         backoff_s = _FIRST_BACKOFF_S
         while True:
             try:
-                await self._send(record)
+                await send(record)
                 return
             except Unavailable:
                 await asyncio.sleep(backoff_s)

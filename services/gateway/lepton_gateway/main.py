@@ -14,6 +14,7 @@ from functools import partial
 import httpx
 from lepton_common import http2
 from lepton_common.access import guard
+from lepton_common.auth import Keys
 from lepton_common.etcd import EtcdClient
 from lepton_common.http11 import Server, ServerLimits
 from lepton_common.http11_client import Upstream, UpstreamLimits
@@ -84,40 +85,41 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
     for mirror in mirrors:
         service.prepare(mirror.synced)
     service.background(reporter.run)
-    room = Room(settings.async_concurrency, time.monotonic)
-    sender = Sender(Producer(Bootstrap.parse(settings.kafka), "gateway-results"))
-    inference = AsyncInference(
-        api.handle,
-        sender.send,
-        room,
-        telemetry.registry,
-        tenant_of=callers.tenant_of,
-        timeout_s=settings.async_timeout_s,
-        reply_topics=[each for each in settings.reply_topics.split(",") if each],
-    )
-    intake = Intake(
-        Bootstrap.parse(settings.kafka),
-        REQUESTS.name,
-        GROUP,
-        inference.handle,
-        room.size,
-        instance=settings.instance,
-    )
-    service.on_close(sender.close)
-
-    async def hear() -> None:
-        await keys.mirror.synced()  # Whose a message is decides about the id of its outcome.
-        await intake.run()
-
-    service.background(hear)
     service.background(partial(watch_over, admission))
     service.every(SHARE_EVERY_S, quotas.share)
+    hear_requests(service, settings, api, callers, keys)
     service.serve(server)
     rpc_api = RpcApi(api.handle, callers, service.readiness, settings.max_body_bytes)
     service.serve(http2.Server(rpc_api.handle), port=settings.grpc_port)
     admin = Server(metrics_page(telemetry.render_metrics))
     service.serve(admin, host=settings.admin_host, port=settings.admin_port)
     return service
+
+
+def hear_requests(service: Service, settings: Settings, api: Api, callers: Callers, keys: Keys) -> None:
+    """What is asked for over Kafka is answered there."""
+    bootstrap = Bootstrap.parse(settings.kafka)
+    results, elsewhere = (Sender(Producer(bootstrap, f"gateway-{name}")) for name in ("results", "replies"))
+    room = Room(settings.async_concurrency, time.monotonic)
+    inference = AsyncInference(
+        api.handle,
+        results.send,
+        elsewhere.send,
+        room,
+        service.telemetry.registry,
+        tenant_of=callers.tenant_of,
+        timeout_s=settings.async_timeout_s,
+        reply_topics=[each for each in settings.reply_topics.split(",") if each],
+    )
+    intake = Intake(bootstrap, REQUESTS.name, GROUP, inference.handle, room.size, instance=settings.instance)
+
+    async def hear() -> None:
+        await keys.mirror.synced()  # Whose a message is decides about the id of its outcome.
+        await intake.run()
+
+    service.on_close(results.close)
+    service.on_close(elsewhere.close)
+    service.background(hear)
 
 
 def main() -> None:
