@@ -3,15 +3,14 @@
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import stamina
 import structlog
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRecord
 from aiokafka.errors import KafkaError
 from opentelemetry.trace import SpanKind
 from prometheus_client import Counter, Gauge
@@ -23,7 +22,7 @@ from lepton_common.envelope import Message
 from lepton_common.errors import Forbidden, Invalid, LeptonError, Unauthenticated, Unavailable
 from lepton_common.events import Event
 from lepton_common.foreign import Message as ForeignMessage
-from lepton_common.kafka_client import Bootstrap, Producer, Record, new_consumer, stop_consumer
+from lepton_common.kafka_client import Bootstrap, Producer, Record, Stalled, is_behind, new_consumer, stop_consumer
 from lepton_common.kafka_lanes import Lanes
 from lepton_common.telemetry import Telemetry, extract_kafka
 from lepton_common.topics import dead_letters as dead_letter_topic
@@ -41,10 +40,6 @@ _START_TIMEOUT_S = 60
 
 Handler = Callable[[Any], Awaitable[None]]
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
-
-
-class Stalled(Exception):
-    """There are events to read, and for too long none has come."""
 
 
 class KafkaBus:
@@ -148,18 +143,10 @@ class KafkaBus:
             # A lane at work is its handler's business: only what nobody reads counts as stuck.
             idle = consumer.assignment() - set(lanes.open)
             moving = lanes.passed != passed or not self._deliverable.is_set()
-            if moving or not await self._behind(consumer, idle):
+            if moving or not await is_behind(consumer, idle, self._stall_s / 6):
                 passed, quiet_since = lanes.passed, time.monotonic()
             elif time.monotonic() - quiet_since > self._stall_s:
                 raise Stalled(f"no progress for {self._stall_s} s")
-
-    async def _behind(self, consumer: AIOKafkaConsumer, partitions: Collection[TopicPartition]) -> bool:
-        """Whether there is something to read in these partitions; also when the answer does not come."""
-        with suppress(KafkaError, OSError, TimeoutError):
-            async with asyncio.timeout(self._stall_s / 6):
-                ends = await consumer.end_offsets(partitions)
-                return any([ends[each] > await consumer.position(each) for each in partitions])
-        return True
 
     async def _handle(self, record: ConsumerRecord) -> None:
         """The event took effect, or is a dead letter, or is none of ours."""

@@ -1,12 +1,12 @@
 """The way to Kafka: where it is, which topics it must have, and a producer that keeps its word."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
@@ -74,6 +74,19 @@ async def stop_consumer(consumer: AIOKafkaConsumer) -> None:
         async with asyncio.timeout(STOP_TIMEOUT_S):
             await consumer.stop()
     await consumer._client.close()
+
+
+class Stalled(Exception):
+    """There are records to read, and for too long none has come."""
+
+
+async def is_behind(consumer: AIOKafkaConsumer, partitions: Collection[TopicPartition], timeout_s: float) -> bool:
+    """Whether there is something to read in these partitions; also when the answer does not come."""
+    with suppress(KafkaError, OSError, TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            ends = await consumer.end_offsets(partitions)
+            return any([ends[each] > await consumer.position(each) for each in partitions])
+    return True
 
 
 class Producer:

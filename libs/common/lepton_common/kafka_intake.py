@@ -23,14 +23,14 @@ from aiokafka.errors import (
 )
 
 from lepton_common.errors import Invalid, Unavailable
-from lepton_common.kafka_client import Bootstrap, Producer, Record, new_consumer, stop_consumer
+from lepton_common.kafka_client import Bootstrap, Producer, Record, Stalled, is_behind, new_consumer, stop_consumer
 
 _POLL_MS = 200
 _START_TIMEOUT_S = 60
 _COMMIT_EVERY_S = 0.5
 _COMMIT_TIMEOUT_S = 5.0
 _DRAIN_S = 5.0
-_STALL_S = 30.0
+STALL_S = 30.0
 _PAUSE_AFTER_S = 60.0
 # In one turn of the loop, so that others on it wait no longer than for these.
 _MAX_AT_ONCE = 8
@@ -74,10 +74,6 @@ class Progress:
     def end(self, offset: int) -> None:
         self._open.pop(offset, None)
 
-    @property
-    def under_way(self) -> int:
-        return len(self._open)
-
     def to_commit(self) -> int | None:
         """The offset of the first record that is not done, if that is news."""
         offset = next(iter(self._open), self._next)
@@ -90,7 +86,7 @@ class Progress:
 class Sender:
     """Stores records for many at once: what comes while one batch is on its way is the next one.
 
-    Where a batch fails, its records are sent one by one: what is wrong with one costs no other.
+    Where Kafka refuses one of a batch, its records are sent one by one: what is wrong with one costs no other.
     """
 
     def __init__(self, producer: Producer) -> None:
@@ -116,7 +112,8 @@ class Sender:
                 batch, self._waiting = self._waiting[:_MAX_SENT], self._waiting[_MAX_SENT:]
                 error = await self._error_of([record for record, _ in batch])
                 for record, stored in batch:
-                    own = error if error is None or len(batch) == 1 else await self._error_of([record])
+                    is_told = len(batch) == 1 or not isinstance(error, Invalid)
+                    own = error if is_told else await self._error_of([record])
                     if stored.done():
                         continue  # Whoever waited was cancelled.
                     if own is None:
@@ -155,7 +152,9 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         room: Callable[[], int],
         *,
         instance: str = "",
+        stall_s: float = STALL_S,
     ) -> None:
+        self._stall_s = stall_s
         self._bootstrap = bootstrap
         self._topic = topic
         self._group = group
@@ -168,18 +167,14 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         self._given_up: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
         self._freed = asyncio.Event()
-        self.done = 0
-
-    @property
-    def under_way(self) -> int:
-        return len(self._tasks)
+        self._moved = 0  # records begun and done
 
     async def run(self) -> None:
         """Works for ever. Kafka may be away, now or later: the intake waits for it."""
         while True:
             try:
                 await self._consume()
-            except (KafkaError, OSError, TimeoutError, Unavailable) as error:
+            except (KafkaError, OSError, TimeoutError, Unavailable, Stalled) as error:
                 _log.warning("consumer given up, making a new one", topic=self._topic, error=repr(error))
             await asyncio.sleep(random.uniform(0.5, 1.5))  # noqa: S311 - spreads, guards nothing
 
@@ -189,21 +184,24 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         self._failure = None
         self._partitions.clear()
         consumer.subscribe([self._topic], listener=self)
-        committing: asyncio.Task[None] | None = None
+        tasks: set[asyncio.Task[None]] = set()
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
                 await consumer.start()
-            committing = asyncio.create_task(self._commit_now_and_then())
-            await self._fetch(consumer)
+            work = (self._fetch(consumer), self._watch(consumer), self._commit_now_and_then())
+            tasks = {asyncio.create_task(each) for each in work}
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            ended.pop().result()
         finally:
-            if committing is not None:
-                committing.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._give_up(list(self._tasks))
             await self._commit(list(self._partitions))
             await stop_consumer(consumer)
 
     async def _fetch(self, consumer: AIOKafkaConsumer) -> None:
-        done, quiet_since, full_since = self.done, time.monotonic(), inf
+        full_since = inf
         while True:
             room = self._room() - len(self._tasks)
             if room > 0:
@@ -227,11 +225,17 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
                 raise self._failure
             if room <= 0 and not batches:
                 await self._wait_for_room()
-            if batches or self.done != done or not self._tasks:
-                done, quiet_since = self.done, time.monotonic()
-            elif time.monotonic() - quiet_since > _STALL_S:
-                _log.warning("nothing was done for a while", topic=self._topic, under_way=len(self._tasks))
-                quiet_since = time.monotonic()
+
+    async def _watch(self, consumer: AIOKafkaConsumer) -> None:
+        moved, quiet_since = self._moved, time.monotonic()
+        while True:
+            await asyncio.sleep(self._stall_s / 6)
+            # What is under way is its handler's business: only what nobody reads counts as stuck.
+            moving = self._moved != moved or self._tasks
+            if moving or not await is_behind(consumer, consumer.assignment(), self._stall_s / 6):
+                moved, quiet_since = self._moved, time.monotonic()
+            elif time.monotonic() - quiet_since > self._stall_s:
+                raise Stalled(f"no progress for {self._stall_s} s")
 
     async def _wait_for_room(self) -> None:
         self._freed.clear()
@@ -245,6 +249,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         progress = self._partitions.setdefault(partition, Progress())
         for record in records:
             progress.begin(record.offset)
+            self._moved += 1
             # Kafka allows a header without a value.
             headers = [(name, value or b"") for name, value in record.headers]
             asked = Asked(
@@ -257,7 +262,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
     async def _work(self, progress: Progress, asked: Asked) -> None:
         await self._handle(asked)
         progress.end(asked.offset)
-        self.done += 1
+        self._moved += 1
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._tasks[task]

@@ -26,7 +26,6 @@ def test_what_is_committed_passes_nothing_that_is_not_done(order: list[int], don
         if (commit := progress.to_commit()) is not None:
             progress.committed(commit)
     left = set(range(8)) - set(order[:done])
-    assert progress.under_way == len(left)
     expected = 10 + min(left, default=8)
     assert progress.to_commit() is None or expected == 10
     assert progress._committed in (expected, -1)
@@ -133,6 +132,22 @@ async def test_no_more_are_taken_than_there_is_room_for(kafka: str, numbers: lis
     assert most <= 3
 
 
+async def test_a_stuck_consumer_is_replaced(kafka: str, numbers: list[int]) -> None:
+    seen = Seen(*numbers)
+    intake = Intake(Bootstrap.parse(kafka), REQUESTS.name, a_group(), seen.handle, lambda: 100, stall_s=1.0)
+    task = asyncio.create_task(intake.run())
+    await write(kafka, *numbers[:1])
+    await until(lambda: bool(seen.done))
+    stuck = intake._consumer
+    # As when aiokafka loses a fetch: the partitions are ours and nothing comes of them.
+    stuck.getmany = lambda **options: asyncio.sleep(0.05, {})
+    await write(kafka, *numbers[1:])
+    await until(lambda: set(seen.done) == seen.wanted)
+    assert intake._consumer is not stuck
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_two_intakes_share_the_partitions_and_one_takes_over(kafka: str, numbers: list[int]) -> None:
     group, first, second = a_group(), Seen(*numbers), Seen(*numbers)
     async with running(kafka, group, second.handle):
@@ -165,7 +180,7 @@ async def test_records_of_many_are_stored_together_and_a_failure_is_told_to_each
             assert isinstance(records, list)
             self.batches.append(len(records))
             await asyncio.sleep(0)
-            if 2 <= len(self.batches) <= 7:
+            if len(self.batches) == 2:
                 raise Unavailable("not now")
 
     producer = Broken()
@@ -173,7 +188,7 @@ async def test_records_of_many_are_stored_together_and_a_failure_is_told_to_each
     outcomes = await asyncio.gather(
         sender.send(record(1)), *[_later(sender, each) for each in range(5)], return_exceptions=True
     )
-    assert producer.batches == [1, 5, 1, 1, 1, 1, 1], "what failed together is tried one by one"
+    assert producer.batches == [1, 5]
     assert [type(each) for each in outcomes] == [type(None), *[Unavailable] * 5]
     await sender.send(record(9))
 
