@@ -1,7 +1,8 @@
 """What a caller may ask of the registry about tenants and keys.
 
 An admin manages the keys of its own tenant. An admin key of the tenant `default` is the operator's: it also makes
-tenants, and manages the keys of all of them. Every change is told on `lepton.audit`, in the transaction that made it.
+tenants, and manages the keys of all of them. Every change is told on `lepton.audit`: written first and committed once
+etcd has the key. Where PostgreSQL fails in that very moment the change holds, its caller hears 503, and it is not told.
 """
 
 from datetime import UTC, datetime, timedelta
