@@ -16,12 +16,12 @@ from .faults import (
     SETTINGS,
     answering_version,
     ended,
+    is_taken_out,
     load_on,
     push_versions,
     start_rollout,
     swap,
     wait_for_workers,
-    wait_until_out,
 )
 from .local_platform import Platform, running_platform, until
 
@@ -73,7 +73,7 @@ def test_a_frozen_worker_delays_its_own_requests_only_and_is_used_again_when_it_
     with load_on(victim, MODEL, timeout_ms=3000) as load:
         load.wait_for(100)
         with victim.frozen("worker-1"):
-            wait_until_out(victim, "worker-1")
+            until(lambda: is_taken_out(victim, "worker-1"), 40)
             # What was on its way to the frozen worker ends at its deadline. Nobody is sent there any more.
             load.wait_for(50)
             taken_out_at = time.monotonic()

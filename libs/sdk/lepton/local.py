@@ -134,12 +134,16 @@ def follow(home: Home, failure: Callable[[], LeptonError | None], timeout_s: flo
         if states and all(state.is_ready for state in states) and _front_door_answers(home):
             return
         if time.monotonic() > deadline:
-            waiting = ", ".join(state.name for state in states if not state.is_ready) or "the front door"
+            waiting = ", ".join(_why(state) for state in states if not state.is_ready) or "the front door"
             raise Unavailable(
                 f"Not ready after {timeout_s:g} s: {waiting}.",
                 hint="`lepton status` and `lepton logs` show why; it goes on starting. `lepton down` ends it.",
             )
         time.sleep(_POLL_S)
+
+
+def _why(state: PartState) -> str:
+    return f"{state.name} ({state.reason})" if state.reason else state.name
 
 
 def _states(home: Home) -> list[PartState]:

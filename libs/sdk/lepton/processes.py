@@ -19,8 +19,10 @@ import psutil
 
 # Below the range the kernel picks outgoing ports from, so that a client cannot take a stopped server's port.
 _PORTS = range(20_000, 32_000)
-# Nobody may listen yet where somebody is about to. Module state on purpose: ports are the whole process's.
-_promised: deque[int] = deque(maxlen=1000)
+# Sockets that are bound to ports where somebody is about to listen. Module state on purpose: ports are the whole
+# process's, and the kernel takes them back when it ends, however it ends.
+_promises: deque[socket.socket] = deque()
+_MOST_PROMISES = 100
 
 
 # Every process says in its environment which part it is, so that it is found even when the record of its pid is lost.
@@ -243,14 +245,33 @@ def running(recipe: Recipe, timeout_s: float = 30.0) -> Iterator[Process]:
 
 
 def free_ports(count: int) -> list[int]:
-    """`count` TCP ports on which nothing listens on loopback now, and that this process did not get just before."""
+    """`count` TCP ports on loopback on which nothing listens, and that nobody else on this machine finds free before
+    this process has ended, or has asked for a hundred others."""
     found: list[int] = []
     while len(found) < count:
         port = random.choice(_PORTS)  # noqa: S311 - spreads, guards nothing
-        if port not in _promised and is_free(port):
-            _promised.append(port)
+        if _promise(port):
             found.append(port)
     return found
+
+
+def _promise(port: int) -> bool:
+    """The port is kept for who is about to listen there; False when it is in use or kept already.
+
+    A socket that is bound and does not listen keeps away every other one without SO_REUSEADDR, as these are when they
+    are bound, and lets in servers, which set it.
+    """
+    promise = socket.socket()
+    try:
+        promise.bind(("127.0.0.1", port))
+    except OSError:
+        promise.close()
+        return False
+    promise.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _promises.append(promise)
+    if len(_promises) > _MOST_PROMISES:
+        _promises.popleft().close()
+    return True
 
 
 def free_port() -> int:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from lepton.errors import Conflict
-from lepton.home import Home, PartState
+from lepton.errors import Conflict, Unavailable
+from lepton.home import Home, Layout, PartState, State
+from lepton.local import follow
 from lepton.processes import free_port
 from lepton.supervisor import stop_leftovers
 
@@ -233,3 +234,13 @@ def in_the_foreground(platform: Platform) -> Iterator[None]:
         finally:
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
+
+
+def test_a_platform_that_does_not_get_ready_says_which_part_keeps_it_and_why(tmp_path: Path) -> None:
+    home = Home.at(tmp_path / "waiting")
+    home.create()
+    home.save_layout(Layout("http://127.0.0.1:1", "", {}, ["etcd", "gateway"], workers=1))
+    home.save_part(PartState("gateway", State.WAITING, reason="it ended: address already in use"))
+    message = r"Not ready after 0 s: etcd, gateway \(it ended: address already in use\)\."
+    with home.locked(), pytest.raises(Unavailable, match=message):
+        list(follow(home, lambda: None, 0))

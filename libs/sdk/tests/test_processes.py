@@ -157,6 +157,14 @@ def test_free_ports_are_distinct_and_not_in_use() -> None:
     assert not {*ports} & {*free_ports(50)}
 
 
+def test_a_free_port_is_kept_from_who_looks_for_one_and_open_to_the_server() -> None:
+    (port,) = free_ports(1)
+    with socket.socket() as another, pytest.raises(OSError, match="in use"):
+        another.bind(("127.0.0.1", port))
+    with socket.create_server(("127.0.0.1", port)), socket.create_connection(("127.0.0.1", port)):
+        assert not is_free(port)
+
+
 def test_tail_of_a_missing_log_is_empty_and_of_a_long_one_its_end(tmp_path: Path) -> None:
     log = tmp_path / "a.log"
     assert tail(log) == ""

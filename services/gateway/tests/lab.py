@@ -147,7 +147,7 @@ class Lab:
     @staticmethod
     def patience() -> asyncio.Timeout:
         """How long a test waits for what must come."""
-        return asyncio.timeout(10)
+        return asyncio.timeout(30)
 
     async def until(self, path: str, status: int, key: str | None = None) -> httpx.Response:
         """The answer to GET, once it has that status."""

@@ -129,15 +129,17 @@ async def test_a_mesh_that_takes_its_time_with_one_model_keeps_no_other_from_loa
     acknowledged = asyncio.Event()
     scripted_mesh.meanwhile = acknowledged.wait
     impatient = runner(db, table, workers)
-    await impatient.look(0.5)
-    await started(db, quick, 1)
-    await impatient.look(2)
+    async with asyncio.timeout(30):
+        while not scripted_mesh.applied:
+            await impatient.look(0.05)
+        await started(db, quick, 1)
+        while not (await table.get(quick)).versions:
+            await impatient.look(0.05)
+        assert (await found(db, model, slow)).state is State.SHIFTING
 
-    assert (await found(db, model, slow)).state is State.SHIFTING
-    assert [each.version for each in (await table.get(quick)).versions] == [1]
-
-    acknowledged.set()
-    await impatient.look()
+        acknowledged.set()
+        while (await found(db, model, slow)).state is State.SHIFTING:
+            await impatient.look(0.05)
     assert (await found(db, model, slow)).state is State.PROMOTED
 
 
