@@ -20,9 +20,9 @@ _LEPTON = Path(sys.executable).with_name("lepton")
 
 
 class Platform:
-    """A running platform with one worker that serves `MODEL`, and a second gateway that goes past the mesh."""
+    """A running platform with one worker that serves `MODEL`, and with `direct` a gateway that goes past the mesh."""
 
-    def __init__(self, home: Path, model: Path) -> None:
+    def __init__(self, home: Path, model: Path, *, direct: bool) -> None:
         self._home = Home.at(home)
         port = free_port()
         command: list[str | Path] = [
@@ -45,7 +45,10 @@ class Platform:
         self.key = self._home.key()
         with lepton.Client(url=self.url, key=self.key) as client:
             client.push(model, name=MODEL)
-        self._direct, self._direct_port = self._gateway_to_worker(layout.kafka)
+        self._direct: subprocess.Popen[bytes] | None = None
+        self._direct_port = 0
+        if direct:
+            self._direct, self._direct_port = self._gateway_to_worker(layout.kafka)
 
     def process(self, part: str) -> psutil.Process:
         state = self._home.part(part)
@@ -56,6 +59,7 @@ class Platform:
     @property
     def direct(self) -> psutil.Process:
         """The gateway whose mesh is the worker itself."""
+        assert self._direct is not None, "not asked for"
         return psutil.Process(self._direct.pid)
 
     def infer_url(self, part: str) -> str:
@@ -63,8 +67,9 @@ class Platform:
         return f"http://127.0.0.1:{port}/v2/models/{MODEL}/infer"
 
     def close(self) -> None:
-        self._direct.terminate()
-        self._direct.wait(20)
+        if self._direct is not None:
+            self._direct.terminate()
+            self._direct.wait(20)
         subprocess.run([_LEPTON, "down", "--home", str(self._home.folder)], check=True)
 
     def _gateway_to_worker(self, kafka: str) -> tuple[subprocess.Popen[bytes], int]:
@@ -94,9 +99,9 @@ class Platform:
 
 
 @contextmanager
-def running(home: Path, model: Path) -> Iterator[Platform]:
+def running(home: Path, model: Path, *, direct: bool = False) -> Iterator[Platform]:
     """A platform, stopped at the end of the block."""
-    platform = Platform(home, model)
+    platform = Platform(home, model, direct=direct)
     try:
         yield platform
     finally:

@@ -124,7 +124,7 @@ def run(rounds: int, seconds: float) -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         small = models.mlp(folder / "small.onnx", SMALL)
         large = models.mlp(folder / "large.onnx", LARGE)
-        platform = stack.enter_context(running(folder / "home", small))
+        platform = stack.enter_context(running(folder / "home", small, direct=True))
         candidates = lepton_candidates(platform)
         for start in (peers.mlserver, peers.mlserver_batching, peers.litserve, peers.triton):
             server = start(small, folder)

@@ -2,17 +2,16 @@
 
 import re
 from collections.abc import Iterable
-
-from hpack import Decoder, HPACKError
-from hpack.table import HeaderTable
+from functools import lru_cache
 
 from lepton_common.errors import Invalid, TooLarge
 from lepton_common.http2_frames import Code, ConnectionFailed
+from lepton_common.http2_hpack import Decoder, Field, Undecodable
 
 # Heads that are kept decoded: so many of so many bytes a connection at most.
 _MAX_KNOWN_BLOCKS = 256
 _MAX_KNOWN_BYTES = 4096
-_FIELD_BYTES = 32  # that each field counts beside its name and value
+_MAX_USUAL_BYTES = 256  # Larger fields are checked anew each time.
 
 _NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
 _NO_VALUE = re.compile(rb"[\0\r\n]|^[ \t]|[ \t]$")
@@ -36,16 +35,6 @@ def _length(number: int) -> bytes:
         number >>= 7
     found.append(number)
     return bytes(found)
-
-
-class _Table(HeaderTable):
-    """Counts its changes."""
-
-    changes = 0
-
-    def add(self, name: bytes, value: bytes) -> None:
-        self.changes += 1
-        super().add(name, value)
 
 
 class RequestHead:
@@ -82,8 +71,7 @@ class HeaderDecoder:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._decoder = Decoder(max_header_list_size=2 * max_bytes)
-        self._decoder.header_table = self._table = _Table()
+        self._decoder = Decoder(2 * max_bytes)
         self._known: dict[bytes, RequestHead] = {}
 
     def request(self, block: bytes) -> RequestHead:
@@ -91,34 +79,33 @@ class HeaderDecoder:
         TooLarge."""
         head = self._known.get(block)
         if head is None:
-            changes = self._table.changes
-            fields = self.fields(block)
-            size = sum(len(name) + len(value) + _FIELD_BYTES for name, value in fields)
+            changes = self._decoder.changes
+            fields, size = self._decoded(block)
             if size > self._max_bytes:
                 raise TooLarge(f"headers: {size} bytes, at most {self._max_bytes} are taken")
             head = _request_head(fields)
-            if self._table.changes == changes and size <= _MAX_KNOWN_BYTES:
+            if self._decoder.changes == changes and size <= _MAX_KNOWN_BYTES:
                 if len(self._known) >= _MAX_KNOWN_BLOCKS:
                     self._known.clear()
                 self._known[block] = head
         return head
 
-    def fields(self, block: bytes) -> list[tuple[bytes, bytes]]:
+    def fields(self, block: bytes) -> list[Field]:
         """Every field in its order. Raises ConnectionFailed."""
-        changes = self._table.changes
-        if block and 0x20 <= block[0] < 0x40:
-            self._table.changes += 1  # a new size of the table
+        return self._decoded(block)[0]
+
+    def _decoded(self, block: bytes) -> tuple[list[Field], int]:
+        changes = self._decoder.changes
         try:
-            found = [(bytes(name), bytes(value)) for name, value in self._decoder.decode(block, raw=True)]
-        except HPACKError as error:
-            # Not the library's own words: they quote the block, keys and all.
-            raise ConnectionFailed(Code.COMPRESSION_ERROR, f"headers: {type(error).__name__}") from None
-        if self._table.changes != changes:
+            found = self._decoder.decode(block)
+        except Undecodable as error:
+            raise ConnectionFailed(Code.COMPRESSION_ERROR, f"headers: {error}") from None
+        if self._decoder.changes != changes:
             self._known.clear()
         return found
 
 
-def _request_head(fields: Iterable[tuple[bytes, bytes]]) -> RequestHead:
+def _request_head(fields: Iterable[Field]) -> RequestHead:
     """RFC 9113 §8.2 and §8.3. Raises Invalid."""
     pseudo: dict[bytes, bytes] = {}
     headers: dict[bytes, bytes] = {}
@@ -128,10 +115,19 @@ def _request_head(fields: Iterable[tuple[bytes, bytes]]) -> RequestHead:
                 raise Invalid(f"header {name[:80]!r} is out of place")
             pseudo[name] = value
             continue
-        if not _NAME.fullmatch(name) or name in _OF_CONNECTIONS or _NO_VALUE.search(value):
-            raise Invalid(f"header {name[:80]!r} is not allowed in HTTP/2")
-        if name == b"te" and value != b"trailers":
-            raise Invalid("header te: only trailers is allowed in HTTP/2")
-        joined = b"; " if name == b"cookie" else b", "
-        headers[name] = headers[name] + joined + value if name in headers else value
+        check = _check if len(name) + len(value) <= _MAX_USUAL_BYTES else _check.__wrapped__
+        check(name, value)
+        if name in headers:
+            joined = b"; " if name == b"cookie" else b", "
+            value = headers[name] + joined + value
+        headers[name] = value
     return RequestHead(pseudo, headers)
+
+
+@lru_cache(maxsize=4096)
+def _check(name: bytes, value: bytes) -> None:
+    """Most fields come again and again. Raises Invalid when a request must not have this one."""
+    if not _NAME.fullmatch(name) or name in _OF_CONNECTIONS or _NO_VALUE.search(value):
+        raise Invalid(f"header {name[:80]!r} is not allowed in HTTP/2")
+    if name == b"te" and value != b"trailers":
+        raise Invalid("header te: only trailers is allowed in HTTP/2")

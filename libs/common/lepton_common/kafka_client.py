@@ -38,12 +38,13 @@ class Bootstrap:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A message in Kafka's own terms."""
+    """A message in Kafka's own terms. `partition` goes before the key, where the topic has it."""
 
     topic: str
     key: bytes | None
     value: bytes | None
     headers: Sequence[tuple[str, bytes]]
+    partition: int | None = None
 
 
 def new_consumer(bootstrap: Bootstrap, group: str, instance: str) -> AIOKafkaConsumer:
@@ -108,10 +109,7 @@ class Producer:
             producer = await self._connected()
             try:
                 async with asyncio.timeout(SEND_TIMEOUT_S):
-                    stored = [
-                        await producer.send(each.topic, each.value, key=each.key, headers=each.headers)
-                        for each in records
-                    ]
+                    stored = [await _begun(producer, each) for each in records]
                     await asyncio.gather(*stored)
             except (KafkaError, OSError, TimeoutError) as error:
                 await self._give_up(producer)
@@ -152,6 +150,17 @@ class Producer:
                 await producer.stop()
         await producer._sender.close()
         await producer.client.close()
+
+
+async def _begun(producer: AIOKafkaProducer, record: Record) -> asyncio.Future[object]:
+    """The record is on its way; done once it is stored."""
+    partition = record.partition
+    if partition is not None and partition not in await producer.partitions_for(record.topic):
+        partition = None
+    stored: asyncio.Future[object] = await producer.send(
+        record.topic, record.value, key=record.key, headers=record.headers, partition=partition
+    )
+    return stored
 
 
 async def ensure_topics(bootstrap: str) -> None:

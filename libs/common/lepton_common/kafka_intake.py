@@ -14,16 +14,10 @@ from math import inf
 
 import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
-from aiokafka.errors import (
-    InvalidTopicError,
-    KafkaError,
-    MessageSizeTooLargeError,
-    TopicAuthorizationFailedError,
-    UnknownTopicOrPartitionError,
-)
+from aiokafka.errors import KafkaError
 
-from lepton_common.errors import Invalid, Unavailable
-from lepton_common.kafka_client import Bootstrap, Producer, Record, Stalled, is_behind, new_consumer, stop_consumer
+from lepton_common.errors import Unavailable
+from lepton_common.kafka_client import Bootstrap, Stalled, is_behind, new_consumer, stop_consumer
 
 _POLL_MS = 200
 _START_TIMEOUT_S = 60
@@ -32,16 +26,9 @@ _COMMIT_TIMEOUT_S = 5.0
 _DRAIN_S = 5.0
 STALL_S = 30.0
 _PAUSE_AFTER_S = 60.0
+_GATHER_S = 0.002
 # In one turn of the loop, so that others on it wait no longer than for these.
 _MAX_AT_ONCE = 8
-_MAX_SENT = 64
-# What no repetition stores.
-_REFUSED = (
-    InvalidTopicError,
-    MessageSizeTooLargeError,
-    TopicAuthorizationFailedError,
-    UnknownTopicOrPartitionError,
-)
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -81,59 +68,6 @@ class Progress:
 
     def committed(self, offset: int) -> None:
         self._committed = max(self._committed, offset)
-
-
-class Sender:
-    """Stores records for many at once: what comes while one batch is on its way is the next one.
-
-    Where Kafka refuses one of a batch, its records are sent one by one: what is wrong with one costs no other.
-    """
-
-    def __init__(self, producer: Producer) -> None:
-        self._producer = producer
-        self._waiting: list[tuple[Record, asyncio.Future[None]]] = []
-        self._task: asyncio.Task[None] | None = None
-
-    async def send(self, record: Record) -> None:
-        """The record is stored. Raises Unavailable when it may not be: send it again. Raises Invalid when Kafka does
-        not take it, however often."""
-        stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((record, stored))
-        if self._task is None:
-            self._task = asyncio.create_task(self._send_all())
-        await stored
-
-    async def close(self) -> None:
-        await self._producer.close()
-
-    async def _send_all(self) -> None:
-        try:
-            while self._waiting:
-                batch, self._waiting = self._waiting[:_MAX_SENT], self._waiting[_MAX_SENT:]
-                error = await self._error_of([record for record, _ in batch])
-                for record, stored in batch:
-                    is_told = len(batch) == 1 or not isinstance(error, Invalid)
-                    own = error if is_told else await self._error_of([record])
-                    if stored.done():
-                        continue  # Whoever waited was cancelled.
-                    if own is None:
-                        stored.set_result(None)
-                    else:
-                        stored.set_exception(own)
-        finally:
-            self._task = None
-
-    async def _error_of(self, records: Sequence[Record]) -> Exception | None:
-        """Why the records may not all be stored; None when they are."""
-        try:
-            await self._producer.send(records)
-        except Unavailable as error:
-            if isinstance(error.__cause__, _REFUSED):
-                return Invalid(f"Kafka does not take it: {type(error.__cause__).__name__}")
-            return error
-        except Exception as error:  # Whatever it is, it is told to who waits.
-            return error
-        return None
 
 
 class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has no types
@@ -201,15 +135,18 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             await stop_consumer(consumer)
 
     async def _fetch(self, consumer: AIOKafkaConsumer) -> None:
-        full_since = inf
+        full_since, is_paused = inf, False
         while True:
             room = self._room() - len(self._tasks)
             if room > 0:
                 full_since = inf
-                consumer.resume(*(consumer.paused() & consumer.assignment()))
+                if is_paused:
+                    consumer.resume(*(consumer.paused() & consumer.assignment()))
+                    is_paused = False
             elif (now := time.monotonic()) - min(full_since, now) > _PAUSE_AFTER_S:
                 # Asked nevertheless, or the group would take us for dead. Not sooner: what was fetched is dropped.
                 consumer.pause(*consumer.assignment())
+                is_paused = True
             else:
                 full_since = min(full_since, now)
                 await self._wait_for_room()
@@ -242,6 +179,8 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         try:
             async with asyncio.timeout(_POLL_MS / 1e3):
                 await self._freed.wait()
+            # Records are soon done in numbers, and asking for each one alone costs as much as for all of them.
+            await asyncio.sleep(_GATHER_S)
         except TimeoutError:
             return
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lepton_common.errors import Invalid, Unavailable
 from lepton_common.kafka_client import Bootstrap, Producer, Record
-from lepton_common.kafka_intake import Asked, Intake, Progress, Sender
+from lepton_common.kafka_intake import Asked, Intake, Progress
+from lepton_common.kafka_sender import Sender
 from lepton_common.testing import until
 from lepton_common.topics import REQUESTS
 

@@ -19,9 +19,9 @@ import psutil
 
 # Below the range the kernel picks outgoing ports from, so that a client cannot take a stopped server's port.
 _PORTS = range(20_000, 32_000)
-# Sockets that are bound to ports where somebody is about to listen. Module state on purpose: ports are the whole
+# Descriptors of sockets bound to ports where somebody is about to listen. Module state on purpose: ports are the whole
 # process's, and the kernel takes them back when it ends, however it ends.
-_promises: deque[socket.socket] = deque()
+_promises: deque[int] = deque()
 _MOST_PROMISES = 100
 
 
@@ -261,16 +261,15 @@ def _promise(port: int) -> bool:
     A socket that is bound and does not listen keeps away every other one without SO_REUSEADDR, as these are when they
     are bound, and lets in servers, which set it.
     """
-    promise = socket.socket()
-    try:
-        promise.bind(("127.0.0.1", port))
-    except OSError:
-        promise.close()
-        return False
-    promise.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    _promises.append(promise)
+    with socket.socket() as promise:
+        try:
+            promise.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        promise.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _promises.append(promise.detach())
     if len(_promises) > _MOST_PROMISES:
-        _promises.popleft().close()
+        os.close(_promises.popleft())
     return True
 
 

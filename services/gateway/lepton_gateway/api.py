@@ -292,7 +292,7 @@ class Api:
         elif status in (429, 503, 504):
             headers += b"retry-after: %d\r\n" % math.ceil(error.retry_after_s or 1)
         if isinstance(error, Denied):
-            self._callers.refused(request, error, self._asked(request))
+            self._callers.refused(request.headers, request.peer, error, self._asked(request))
         self.refused[status] = self.refused.get(status, 0) + 1
         request.respond(status, headers + id_line(request), error_body(error.message))
 

@@ -87,7 +87,8 @@ def request_of(
 
 
 def outcome_of(request: AsyncRequest, asked: Asked, answer: Answer, began: float, now: float) -> Record:
-    """The answer as a CloudEvent. `began` and `now` are Unix times in seconds."""
+    """The answer as a CloudEvent, in the partition that the request was in. `began` and `now` are Unix times in
+    seconds."""
     told = {
         "ce_specversion": "1.0",
         "ce_id": str(request.outcome_id),
@@ -107,7 +108,7 @@ def outcome_of(request: AsyncRequest, asked: Asked, answer: Answer, began: float
     if traceparent := answer.headers.get(b"traceparent") or request.headers.get(b"traceparent"):
         told["traceparent"] = traceparent.decode("latin-1")
     headers = [(name, value.encode()) for name, value in told.items() if value]
-    return Record(request.reply_topic, asked.key or request.id.encode(), answer.body, headers)
+    return Record(request.reply_topic, asked.key or request.id.encode(), answer.body, headers, asked.partition)
 
 
 def _options(message: Message) -> Mapping[str, Any]:

@@ -1,5 +1,6 @@
 """Who calls: by API key, or without one from this machine where the operator allows it."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from ipaddress import ip_address
@@ -22,12 +23,18 @@ class Callers:
     def check(self, request: Request, scope: Scope, model: str | None = None) -> Caller:
         """The caller, who has the scope, and is for the model. Raises Unauthenticated or Forbidden."""
         headers = request.headers
+        return self.check_head(headers, headers.get(b"host", b""), request.peer, scope, model)
+
+    def check_head(
+        self, headers: Mapping[bytes, bytes], host: bytes, peer: str, scope: Scope, model: str | None = None
+    ) -> Caller:
+        """`check`, of a request whose body is not there yet."""
         secret = secret_of(headers.get(b"authorization"), headers.get(b"x-api-key"))
         if secret is not None:
             return self._keys.check(secret, scope, datetime.now(UTC), model)
-        if not (self._keyless_loopback and _is_local(request.peer, headers.get(b"x-forwarded-for", b""))):
+        if not (self._keyless_loopback and _is_local(peer, headers.get(b"x-forwarded-for", b""))):
             raise Unauthenticated("send an API key as Authorization: Bearer lp_…")
-        if foreign := _foreign_header(headers.get(b"host", b""), headers.get(b"origin")):
+        if foreign := _foreign_header(host, headers.get(b"origin")):
             raise Forbidden(
                 f"header {foreign}: without an API key only programs and pages of this machine may call, and only as"
                 " localhost or 127.0.0.1; send Authorization: Bearer lp_…"
@@ -57,10 +64,9 @@ class Callers:
         """Raises Unauthenticated or Forbidden unless the caller is the operator."""
         check_operator(self.check(request, Scope.ADMIN))
 
-    def refused(self, request: Request, error: Denied, what: str) -> None:
+    def refused(self, headers: Mapping[bytes, bytes], peer: str, error: Denied, what: str) -> None:
         """The refusal is noted, for the audit."""
-        peer = origin(request.peer, request.headers.get(b"x-forwarded-for"))
-        self._keys.journal.refused(error, peer, what)
+        self._keys.journal.refused(error, origin(peer, headers.get(b"x-forwarded-for")), what)
 
 
 @lru_cache(maxsize=1024)

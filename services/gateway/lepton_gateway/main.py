@@ -19,7 +19,8 @@ from lepton_common.etcd import EtcdClient
 from lepton_common.http11 import Server, ServerLimits
 from lepton_common.http11_client import Upstream, UpstreamLimits
 from lepton_common.kafka_client import Bootstrap, Producer, ensure_topics
-from lepton_common.kafka_intake import Intake, Sender
+from lepton_common.kafka_intake import Intake
+from lepton_common.kafka_sender import Sender
 from lepton_common.mirror import Mirror
 from lepton_common.records import SERVING, WORKERS, Serving, WorkerState
 from lepton_common.service import Service, run

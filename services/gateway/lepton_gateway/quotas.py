@@ -60,7 +60,10 @@ class Quotas:
 
 
 async def watch_over(admission: Admission) -> None:
-    """For as long as the gateway lives, whoever waits hears when its time is up."""
+    """For as long as the gateway lives, whoever waits hears when its time is up, and background work yields."""
     while True:
-        admission.expire(time.monotonic())
+        due = time.monotonic() + _EXPIRE_EVERY_S
         await asyncio.sleep(_EXPIRE_EVERY_S)
+        now = time.monotonic()
+        admission.expire(now)
+        admission.lagged(now, now - due)

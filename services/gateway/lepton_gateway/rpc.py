@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from functools import lru_cache
 from urllib.parse import quote
+from weakref import WeakValueDictionary
 
 import structlog
 from lepton_common.compression import decompress
@@ -22,11 +23,9 @@ _LARGEST_AT_ONCE = 4  # messages of the largest size that may be under way toget
 _JOIN_BYTES = 64 << 10
 _MAX_TOLD = 1000  # characters of a status' message
 # Those of the connection, those that describe the bytes that came, and what gRPC says in its own way.
-_NOT_METADATA = frozenset(
-    (
-        *(b"te", b"content-type", b"content-length", b"content-encoding", b"accept-encoding", b"host", b"expect"),
-        *(b"inference-header-content-length", b"grpc-timeout", b"grpc-encoding", b"grpc-accept-encoding"),
-    )
+_NOT_METADATA = (
+    *(b"te", b"content-type", b"content-length", b"content-encoding", b"accept-encoding", b"expect"),
+    *(b"inference-header-content-length", b"grpc-timeout", b"grpc-encoding", b"grpc-accept-encoding"),
 )
 _TIME_UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 
@@ -98,31 +97,58 @@ class Room:
     """The memory for messages of all calls, from when their size is known until they are answered: a peer may have a
     thousand calls, and each may be large. `most` is the size of one message."""
 
-    __slots__ = ("free", "most")
-
     def __init__(self, most: int) -> None:
         self.most = most
         self.free = _LARGEST_AT_ONCE * most
+        self._shares: WeakValueDictionary[str, Share] = WeakValueDictionary()
+
+    def of(self, tenant: str) -> "Share":
+        """The tenant's part of it."""
+        share = self._shares.get(tenant)
+        if share is None:
+            share = self._shares[tenant] = Share(self)
+        return share
+
+
+class Share:
+    """A tenant may have as much as is still free beside it: one alone half of all, two a third each."""
+
+    __slots__ = ("__weakref__", "_room", "_taken")
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._taken = 0
+
+    @property
+    def most(self) -> int:
+        return self._room.most
 
     def take(self, size: int) -> None:
-        """Raises TooLarge, and Overloaded while others have the room."""
-        if size > self.most:
-            raise TooLarge(f"message: {size} bytes, at most {self.most} are taken")
-        if size > self.free:
+        """Raises TooLarge, and Overloaded while others, or the tenant itself, have the room."""
+        room = self._room
+        if size > room.most:
+            raise TooLarge(f"message: {size} bytes, at most {room.most} are taken")
+        if self._taken + size > room.free:
             raise Overloaded(f"message: {size} bytes, more than there is room for now", retry_after_s=1)
-        self.free -= size
+        room.free -= size
+        self._taken += size
 
     def more(self, size: int) -> int:
         """A message is larger than it was said to be, as compressed ones are: so much more room is taken."""
-        size = max(0, size)
+        if size <= 0:
+            return 0
         self.take(size)
         return size
+
+    def give_back(self, size: int) -> None:
+        self._room.free += size
+        self._taken -= size
 
 
 class Call(Sink, ABC):
     """One call of a method. Subclasses get its messages, and answer it."""
 
-    def __init__(self, stream: Stream, room: Room) -> None:
+    def __init__(self, stream: Stream, room: Share) -> None:
         self.stream = stream
         self.room = room
         self.encoding = stream.head.headers.get(b"grpc-encoding", b"identity")
@@ -130,11 +156,9 @@ class Call(Sink, ABC):
 
     def metadata(self) -> dict[bytes, bytes]:
         """What the caller sent beside the messages, as HTTP headers."""
-        found = {
-            name: value
-            for name, value in self.stream.head.headers.items()
-            if name not in _NOT_METADATA and not name.endswith(b"-bin")
-        }
+        found = dict(self.stream.head.headers)
+        for name in _NOT_METADATA:
+            found.pop(name, None)
         found[b"host"] = self.stream.head.host
         if self.deadline is not None:
             left_ms = max(1, round((self.deadline - time.monotonic()) * 1e3))
@@ -171,7 +195,7 @@ class Call(Sink, ABC):
 class Unary(Call):
     """A call with one message, which `asked` is called with."""
 
-    def __init__(self, stream: Stream, room: Room) -> None:
+    def __init__(self, stream: Stream, room: Share) -> None:
         super().__init__(stream, room)
         self._body: bytes | bytearray = b""
         self._size: int | None = None  # of the message, once it is known: so much room it has
@@ -201,7 +225,7 @@ class Unary(Call):
     def leave(self) -> None:
         """The room is free again."""
         if self._size is not None:
-            self.room.free += self._size
+            self.room.give_back(self._size)
             self._size = None
         self._body = b""
 
@@ -247,7 +271,7 @@ class Refusal(Call):
     """A call that cannot be made."""
 
     def __init__(self, stream: Stream, status: Status, message: str) -> None:
-        super().__init__(stream, Room(0))
+        super().__init__(stream, Room(0).of(""))
         self.end(status, message)
 
     def received(self, data: bytes) -> None:

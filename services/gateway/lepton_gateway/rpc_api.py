@@ -16,18 +16,18 @@ from lepton_common.records import Scope
 
 from lepton_gateway import inference_pb2 as pb
 from lepton_gateway import rpc_reflection
-from lepton_gateway.answers import Answer, Handle, request
+from lepton_gateway.answers import Answer, Handle
 from lepton_gateway.callers import Callers
-from lepton_gateway.rpc import Refusal, Room, Status, Unary, not_grpc, status_of_http
+from lepton_gateway.rpc import Refusal, Room, Share, Status, Unary, not_grpc, status_of_http
 from lepton_gateway.rpc_codec import model_target, parameters_of
 from lepton_gateway.rpc_health import Check, Watch
 from lepton_gateway.rpc_infer import ModelInfer, ModelStreamInfer, ask, metadata_of
 
 SERVICE = "inference.GRPCInferenceService"
 _HEALTH = "grpc.health.v1.Health"
+# Of a message that carries no tensors: whoever sends it, key or not, takes no room from those that do.
+_MAX_OTHER_BYTES = 1 << 20
 _NOT_SHARED = "shared memory is not supported: send tensors as raw_input_contents"
-
-_INFER = frozenset((b"/%b/ModelInfer" % SERVICE.encode(), b"/%b/ModelStreamInfer" % SERVICE.encode()))
 
 Line = tuple[str, bytes, Any]  # method, target, and the JSON document or None
 
@@ -163,7 +163,7 @@ METHODS: Mapping[str, Method] = {
 class Asked(Unary):
     """A call of one of `METHODS`."""
 
-    def __init__(self, stream: Stream, room: Room, handle: Handle, method: Method) -> None:
+    def __init__(self, stream: Stream, room: Share, handle: Handle, method: Method) -> None:
         super().__init__(stream, room)
         self._handle = handle
         self._method = method
@@ -193,16 +193,19 @@ class RpcApi:
 
     def __init__(self, api: Handle, callers: Callers, readiness: Readiness, max_message_bytes: int) -> None:
         self._callers = callers
-        room = Room(max_message_bytes)
+        self._room = Room(max_message_bytes)
+        self._infer: dict[bytes, Callable[[Stream, Share], Sink]] = {
+            _path(SERVICE, "ModelInfer"): partial(ModelInfer, handle=api),
+            _path(SERVICE, "ModelStreamInfer"): partial(ModelStreamInfer, handle=api),
+        }
+        services, others = {"", SERVICE}, Room(_MAX_OTHER_BYTES).of("")
         self._calls: dict[bytes, Callable[[Stream], Sink]] = {
-            _path(SERVICE, "ModelInfer"): lambda stream: ModelInfer(stream, room, api),
-            _path(SERVICE, "ModelStreamInfer"): lambda stream: ModelStreamInfer(stream, room, api),
-            _path(_HEALTH, "Check"): lambda stream: Check(stream, readiness, {"", SERVICE}),
-            _path(_HEALTH, "Watch"): lambda stream: Watch(stream, readiness, {"", SERVICE}),
+            _path(_HEALTH, "Check"): partial(Check, readiness=readiness, services=services),
+            _path(_HEALTH, "Watch"): partial(Watch, readiness=readiness, services=services),
             _path(rpc_reflection.SERVICE, "ServerReflectionInfo"): rpc_reflection.Reflection,
         }
         for name, method in METHODS.items():
-            self._calls[_path(SERVICE, name)] = partial(Asked, room=room, handle=api, method=method)
+            self._calls[_path(SERVICE, name)] = partial(Asked, room=others, handle=api, method=method)
         for kind in ("System", "Cuda"):
             for verb in ("Status", "Register", "Unregister"):
                 self._calls[_path(SERVICE, f"{kind}SharedMemory{verb}")] = partial(
@@ -215,26 +218,28 @@ class RpcApi:
         if head.method != b"POST" or not head.headers.get(b"content-type", b"").startswith(b"application/grpc"):
             not_grpc(stream)
             return None
+        if (infer := self._infer.get(head.path)) is not None:
+            try:
+                return infer(stream, self._room.of(self._tenant(stream)))
+            except Denied as denied:
+                return Refusal(stream, status_of_http(status_of(denied)), denied.message)
         call = self._calls.get(head.path)
         if call is None:
             told = head.path[:200].decode("latin-1")
             return Refusal(stream, Status.UNIMPLEMENTED, f"no such method: {told}")
-        if head.path in _INFER and (denied := self._denied(stream)) is not None:
-            return Refusal(stream, status_of_http(status_of(denied)), denied.message)
         return call(stream)
 
-    def _denied(self, stream: Stream) -> Denied | None:
-        """Why the caller may infer nothing at all: known before memory is spent on what they send."""
-        headers = {**stream.head.headers, b"host": stream.head.host}
-        asked = request("POST", stream.head.path, headers, b"", lambda answer: None, stream.peer)
+    def _tenant(self, stream: Stream) -> str:
+        """Of the caller. Raises Denied for one who may infer nothing at all: before memory is spent on what they
+        send."""
+        head = stream.head
         try:
-            self._callers.check(asked, Scope.INFER)
+            return self._callers.check_head(head.headers, head.host, stream.peer, Scope.INFER).tenant
         except Denied as error:
-            self._callers.refused(asked, error, stream.head.path.decode("latin-1"))
-            return error
+            self._callers.refused(head.headers, stream.peer, error, head.path.decode("latin-1"))
+            raise
         except LeptonError:
-            pass  # Not known yet: the call itself waits for it.
-        return None
+            return ""  # Not known yet: the call itself waits for it.
 
 
 def _path(service: str, method: str) -> bytes:

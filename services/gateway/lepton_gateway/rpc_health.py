@@ -19,7 +19,7 @@ class Check(Unary):
     """Whether the server, or one of its services, takes calls."""
 
     def __init__(self, stream: Stream, readiness: Readiness, services: Set[str]) -> None:
-        super().__init__(stream, Room(_MAX_MESSAGE_BYTES))
+        super().__init__(stream, Room(_MAX_MESSAGE_BYTES).of(""))
         self._readiness = readiness
         self._services = services
 

@@ -11,7 +11,7 @@ from lepton_common.http11_request import Buffer, Request
 
 from lepton_gateway import inference_pb2 as pb
 from lepton_gateway.answers import Answer, Handle, request
-from lepton_gateway.rpc import PREFIX_BYTES, START, Call, Room, Status, Unary, framed, status_of_http, trailers
+from lepton_gateway.rpc import PREFIX_BYTES, START, Call, Share, Status, Unary, framed, status_of_http, trailers
 from lepton_gateway.rpc_codec import encode_request, encode_response, infer_target, read_request, tagged, wants_typed
 
 Metadata = tuple[tuple[bytes, bytes], ...]
@@ -32,11 +32,18 @@ def metadata_of(answer: Answer) -> Metadata:
 
 
 def ask(
-    call: Call, handle: Handle, method: str, target: bytes, body: bytes, then: Callable[[Answer], None], **own: bytes
+    call: Call,
+    handle: Handle,
+    method: str,
+    target: bytes,
+    body: bytes,
+    then: Callable[[Answer], None],
+    header_length: int | None = None,
 ) -> Request:
-    """The request is on its way; `then` is called once with its answer. `own`: further headers, with _ for -."""
+    """The request is on its way; `then` is called once with its answer. `header_length` is of OIP's binary form."""
     headers = call.metadata()
-    headers.update({name.replace("_", "-").encode(): value for name, value in own.items()})
+    if header_length is not None:
+        headers[b"inference-header-content-length"] = b"%d" % header_length
     asked = request(method, target, headers, body, then, call.stream.peer)
     handle(asked)
     return asked
@@ -60,7 +67,7 @@ def _ask_infer(
         target,
         body,
         lambda answer: then(answer, typed, final),
-        inference_header_content_length=b"%d" % header_length,
+        header_length,
     )
 
 
@@ -73,7 +80,7 @@ def _response(answer: Answer, *, typed: bool, final: bool) -> list[Buffer]:
 class ModelInfer(Unary):
     """One inference."""
 
-    def __init__(self, stream: Stream, room: Room, handle: Handle) -> None:
+    def __init__(self, stream: Stream, room: Share, handle: Handle) -> None:
         super().__init__(stream, room)
         self._handle = handle
         self._request: Request | None = None
@@ -100,7 +107,7 @@ class ModelInfer(Unary):
 class ModelStreamInfer(Call):
     """Inferences one after the other; their answers come in the same order. An error ends one inference only."""
 
-    def __init__(self, stream: Stream, room: Room, handle: Handle) -> None:
+    def __init__(self, stream: Stream, room: Share, handle: Handle) -> None:
         super().__init__(stream, room)
         self._handle = handle
         self._buffer = bytearray()
@@ -130,7 +137,7 @@ class ModelStreamInfer(Call):
         for turn in tuple(self._under_way):
             if turn.request is not None and turn.request.on_disconnect is not None:
                 turn.request.on_disconnect()
-        self.room.free += sum(turn.size for turn in self._under_way) + (self._size or 0)
+        self.room.give_back(sum(turn.size for turn in self._under_way) + (self._size or 0))
         self._size = None
         self._under_way.clear()
         self._buffer.clear()
@@ -195,7 +202,7 @@ class ModelStreamInfer(Call):
         """What is answered is sent, up to the first that is not."""
         moved = False
         while not self._finished and self._under_way and (answer := self._under_way[0].answer) is not None:
-            self.room.free += self._under_way.popleft().size
+            self.room.give_back(self._under_way.popleft().size)
             if not self._started:
                 self._started = True
                 self.stream.start(START)

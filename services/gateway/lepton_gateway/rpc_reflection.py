@@ -29,7 +29,7 @@ class Reflection(Call):
     """Questions and answers in turn."""
 
     def __init__(self, stream: Stream) -> None:
-        super().__init__(stream, Room(_MAX_MESSAGE_BYTES))
+        super().__init__(stream, Room(_MAX_MESSAGE_BYTES).of(""))
         self._buffer = b""
         self._started = False
         self._finished = False

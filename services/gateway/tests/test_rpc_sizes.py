@@ -7,6 +7,7 @@ import orjson
 import pytest
 from grpc.aio import StreamStreamMultiCallable, UnaryUnaryMultiCallable
 from lepton_common.http11 import Request
+from lepton_common.records import Scope
 from lepton_gateway import inference_pb2 as pb
 
 from .lab import Lab
@@ -46,29 +47,32 @@ async def test_large_messages_pass_whole_alone_and_in_streams(lab: Lab) -> None:
     assert [each.raw_output_contents[0] for each in got] == [LARGE, b"small", LARGE]
 
 
-async def test_messages_that_there_is_no_room_for_are_refused_until_there_is(lab: Lab) -> None:
+async def test_messages_of_one_tenant_leave_room_for_others_and_are_refused_until_there_is_more(lab: Lab) -> None:
     waiting: list[Request] = []
-    full = asyncio.Event()
+    arrived = asyncio.Semaphore(0)
 
     def wait(request: Request) -> None:
         waiting.append(request)
-        if len(waiting) == 4:
-            full.set()
+        arrived.release()
 
     lab.mesh.handler = wait
-    metadata = (("authorization", f"Bearer {lab.key}"),)
+    await lab.serve("m", 1, tenant="other")
+    theirs = await lab.new_key(Scope.INFER, tenant="other")
+    await lab.until("/v2/models/m/ready", 503, key=theirs)
+    mine, other = ((("authorization", f"Bearer {key}"),) for key in (lab.key, theirs))
     message = infer_request(LARGE)
     async with grpc.aio.insecure_channel("{}:{}".format(*lab.grpc_address)) as channel:
         infer: UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(INFER)
-        calls = [asyncio.ensure_future(infer(message, metadata=metadata)) for _ in range(4)]
+        calls = [asyncio.ensure_future(infer(message, metadata=each)) for each in (mine, mine, other)]
         async with lab.patience():
-            await full.wait()
+            for _ in calls:
+                await arrived.acquire()
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await infer(message, metadata=metadata)
+            await infer(message, metadata=mine)
         assert refused.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
         assert "room" in (refused.value.details() or "")
         lab.mesh.handler = echo
         for each in waiting:
             echo(each)
         await asyncio.gather(*calls)
-        await infer(message, metadata=metadata)
+        await infer(message, metadata=mine)

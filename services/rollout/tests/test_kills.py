@@ -180,7 +180,7 @@ async def serve_first_versions(around: World, rollout: httpx.AsyncClient) -> Non
 
 async def all_ended(rollout: httpx.AsyncClient) -> list[dict[str, Any]]:
     """Every rollout, once all are over."""
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(300):
         while True:
             found: list[dict[str, Any]] = (await rollout.get("/v1/rollouts", params={"limit": 1000})).json()
             if all(each["finished_at"] for each in found):
