@@ -1,12 +1,9 @@
-"""Infer requests and responses of gRPC as OIP's binary form and back: raw tensors pass through as bytes.
-
-What tritonclient and Triton's own examples rely on: answers always come in `raw_output_contents`, also to requests with
-typed contents, unless the request's parameter `binary_data_output` is false.
-"""
+"""Infer requests of gRPC in OIP's binary form: raw tensors pass through as bytes."""
 
 import sys
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
@@ -19,7 +16,7 @@ from lepton_common.http11_request import Buffer
 from lepton_gateway import inference_pb2 as pb
 
 # The field of InferTensorContents for a datatype, and the array type of its raw form.
-_CONTENTS = {
+CONTENTS = {
     "BOOL": ("bool_contents", "B"),
     "INT8": ("int_contents", "b"),
     "INT16": ("int_contents", "h"),
@@ -33,13 +30,17 @@ _CONTENTS = {
     "FP64": ("fp64_contents", "d"),
     "BYTES": ("bytes_contents", ""),
 }
-_LENGTH_BYTES = 4
-_LARGE_BYTES = 256 << 10
+LENGTH_BYTES = 4
+# What is understood once and remembered: so many bytes beside the tensors, and so many of these, at most.
+MAX_USUAL_BYTES = 4096
+_MAX_USUAL_TENSORS = 64
+# Of a message, looked at here: protobuf is quicker with many.
+_MAX_FIELDS = 256
 _MAX_NAME = 253
 _MAX_VARINT_BYTES = 10
 _RAW_INPUT = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2
-_RAW_OUTPUT = pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER
 _RAW_REPLY = "binary_data_output"
+_FINAL_REPLY = "triton_enable_empty_final_response"
 
 assert sys.byteorder == "little", "raw tensors are little-endian"
 
@@ -71,29 +72,52 @@ def model_target(model: str, version: str, verb: str = "") -> bytes:
     return _checked_target(model, version, verb)
 
 
-def read_request(message: bytes | bytearray) -> tuple[pb.ModelInferRequest, Sequence[Buffer]]:
-    """The message, and its raw tensors: protobuf would copy large ones twice. Raises Invalid."""
-    found = _split(memoryview(message)) if len(message) > _LARGE_BYTES else None
-    try:
-        if found is not None:
-            rest, raw = found
-            return pb.ModelInferRequest.FromString(rest), raw
-        request = pb.ModelInferRequest.FromString(bytes(message))
-        return request, request.raw_input_contents
-    except DecodeError:
-        raise Invalid("the message is not a ModelInferRequest") from None
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A ModelInferRequest, but for its raw tensors, as the HTTP request that means the same.
+
+    Its body is `head`, which is JSON, and the tensors: the raw ones, or `tensors`, which came in typed contents. The
+    answer shall have typed contents if `typed`, and say that it is the last one if `final`.
+    """
+
+    target: bytes
+    head: bytes
+    tensors: bytes
+    typed: bool
+    final: bool
+
+
+def encode_request(message: bytes | bytearray) -> tuple[Wanted, bytes]:
+    """What the message asks for, and its body over HTTP. Raises Invalid naming what is wrong, and NotFound.
+
+    Raw tensors are not looked at: protobuf would copy large ones twice. What is beside them is the same in most of a
+    caller's messages, and is understood once.
+    """
+    found = _split(memoryview(message))
+    if found is None:
+        request = _parsed(bytes(message))
+        raw: Sequence[Buffer] = request.raw_input_contents
+        wanted = _wanted(request, tuple(map(len, raw)))
+    else:
+        rest, raw = found
+        is_usual = 0 < len(raw) <= _MAX_USUAL_TENSORS and len(rest) <= MAX_USUAL_BYTES
+        understand = _understood if is_usual else _understood.__wrapped__
+        wanted = understand(rest, tuple(map(len, raw)))
+    return wanted, b"".join((wanted.head, wanted.tensors, *raw))
 
 
 def _split(message: memoryview) -> tuple[bytes, list[memoryview]] | None:
     """The message without its raw tensors, and they. None when it is something for protobuf to judge."""
     rest: list[memoryview] = []
     raw: list[memoryview] = []
-    offset = 0
-    while offset < len(message):
+    offset, end = 0, len(message)
+    for _ in range(_MAX_FIELDS):
+        if offset == end:
+            return b"".join(rest), raw
         tag, start = _varint(message, offset)
         match tag & 7:
             case 0:
-                size, stop = 0, _varint(message, start)[1]
+                stop = _varint(message, start)[1]
             case 1:
                 stop = start + 8
             case 2:
@@ -103,18 +127,20 @@ def _split(message: memoryview) -> tuple[bytes, list[memoryview]] | None:
                 stop = start + 4
             case _:
                 return None
-        if not start <= stop <= len(message) or start < 0:
+        if not 0 < start <= stop <= end:
             return None
         if tag == _RAW_INPUT:
             raw.append(message[start:stop])
         else:
             rest.append(message[offset:stop])
         offset = stop
-    return b"".join(rest), raw
+    return None
 
 
 def _varint(data: memoryview, offset: int) -> tuple[int, int]:
     """A number of protobuf's and where it ends, -1 when it does not."""
+    if 0 <= offset < len(data) and (value := data[offset]) < 0x80:
+        return value, offset + 1
     value = 0
     for shift, byte in enumerate(data[offset : offset + _MAX_VARINT_BYTES]):
         value |= (byte & 0x7F) << 7 * shift
@@ -123,44 +149,50 @@ def _varint(data: memoryview, offset: int) -> tuple[int, int]:
     return 0, -1
 
 
-def tagged(field: int, size: int) -> bytes:
-    """What stands in a message before a field of so many bytes."""
-    found = bytearray((field << 3 | 2,))
-    while size > 0x7F:
-        found.append(size & 0x7F | 0x80)
-        size >>= 7
-    found.append(size)
-    return bytes(found)
+@lru_cache(maxsize=1024)
+def _understood(message: bytes, sizes: tuple[int, ...]) -> Wanted:
+    """See `encode_request`; `sizes` are of the raw tensors, in bytes."""
+    return _wanted(_parsed(message), sizes)
 
 
-def encode_request(request: pb.ModelInferRequest, raw: Sequence[Buffer]) -> tuple[int, bytes]:
-    """(length of the JSON part, body) of the same request over HTTP. Raises Invalid naming what is wrong."""
-    if raw and len(raw) != len(request.inputs):
-        raise Invalid(f"raw_input_contents: {len(raw)} entries, expected one for each of {len(request.inputs)} inputs")
+def _parsed(message: bytes) -> pb.ModelInferRequest:
+    try:
+        return pb.ModelInferRequest.FromString(message)
+    except DecodeError:
+        raise Invalid("the message is not a ModelInferRequest") from None
+
+
+def _wanted(request: pb.ModelInferRequest, sizes: tuple[int, ...]) -> Wanted:
+    if not request.model_name:
+        raise Invalid("model_name is missing")
+    target = infer_target(request.model_name, request.model_version)
+    if sizes and len(sizes) != len(request.inputs):
+        raise Invalid(
+            f"raw_input_contents: {len(sizes)} entries, expected one for each of {len(request.inputs)} inputs"
+        )
     parameters = parameters_of(request.parameters)
+    typed = parameters.get(_RAW_REPLY) is False
+    final = _FINAL_REPLY in parameters
     parameters[_RAW_REPLY] = True
-    tensors: list[Buffer] = []
+    tensors: list[bytes] = []
     inputs = []
     for index, each in enumerate(request.inputs):
         if each.parameters:
             _refuse_shared_memory(each.parameters)
-        data: Buffer
-        if not raw:
-            data = _raw_of(each)
+        if not sizes:
+            tensors.append(_raw_of(each))
         elif each.HasField("contents"):
             raise Invalid(
                 "contents field must not be specified when using raw_input_contents "
                 f"for '{each.name}' for model '{request.model_name}'"
             )
-        else:
-            data = raw[index]
-        tensors.append(data)
+        size = sizes[index] if sizes else len(tensors[index])
         inputs.append(
             {
                 "name": each.name,
                 "datatype": each.datatype,
                 "shape": list(each.shape),
-                "parameters": {"binary_data_size": len(data)},
+                "parameters": {"binary_data_size": size},
             }
         )
     document: dict[str, Any] = {"inputs": inputs, "parameters": parameters}
@@ -168,37 +200,7 @@ def encode_request(request: pb.ModelInferRequest, raw: Sequence[Buffer]) -> tupl
         document["id"] = request.id
     if request.outputs:
         document["outputs"] = [_output_of(each) for each in request.outputs]
-    head = orjson.dumps(document)
-    return len(head), b"".join((head, *tensors))
-
-
-def wants_typed(request: pb.ModelInferRequest) -> bool:
-    """Whether the answer shall come in typed contents."""
-    choice = request.parameters.get(_RAW_REPLY) if request.parameters else None
-    return choice is not None and choice.WhichOneof("parameter_choice") == "bool_param" and not choice.bool_param
-
-
-def encode_response(body: bytes, header_length: int, *, typed: bool, final: bool) -> list[Buffer]:
-    """A ModelInferResponse in pieces, of an HTTP answer whose outputs are all binary. `final` marks it as the last."""
-    document = orjson.loads(body[:header_length])
-    response = pb.ModelInferResponse(
-        model_name=document["model_name"], model_version=document["model_version"], id=document["id"]
-    )
-    if final:
-        response.parameters["triton_final_response"].bool_param = True
-    raw: list[Buffer] = []
-    view = memoryview(body)
-    offset = header_length
-    for each in document["outputs"]:
-        size = each["parameters"]["binary_data_size"]
-        data = view[offset : offset + size]
-        output = response.outputs.add(name=each["name"], datatype=each["datatype"], shape=each["shape"])
-        if typed:
-            _fill(output, bytes(data))
-        else:
-            raw += (tagged(_RAW_OUTPUT, size), data)
-        offset += size
-    return [response.SerializeToString(), *raw]
+    return Wanted(target, orjson.dumps(document), b"".join(tensors), typed, final)
 
 
 def parameters_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,7 +230,7 @@ def _refuse_shared_memory(parameters: Mapping[str, Any]) -> None:
 
 def _raw_of(tensor: pb.ModelInferRequest.InferInputTensor) -> bytes:
     """The typed contents in their binary form. Raises Invalid."""
-    known = _CONTENTS.get(tensor.datatype)
+    known = CONTENTS.get(tensor.datatype)
     if known is None:
         wanted = f"datatype {tensor.datatype[:20]!r} has no typed contents: use raw_input_contents"
         raise Invalid(f"input {tensor.name[:80]!r}: {wanted}")
@@ -238,25 +240,8 @@ def _raw_of(tensor: pb.ModelInferRequest.InferInputTensor) -> bytes:
         raise Invalid(f"input {tensor.name[:80]!r}: {tensor.datatype} goes into {field}, got {', '.join(filled)}")
     values = getattr(tensor.contents, field)
     if not code:
-        return b"".join(part for each in values for part in (len(each).to_bytes(_LENGTH_BYTES, "little"), each))
+        return b"".join(part for each in values for part in (len(each).to_bytes(LENGTH_BYTES, "little"), each))
     try:
         return array(code, values).tobytes()
     except OverflowError:
         raise Invalid(f"input {tensor.name[:80]!r}: a value does not fit {tensor.datatype}") from None
-
-
-def _fill(output: pb.ModelInferResponse.InferOutputTensor, data: bytes) -> None:
-    """The output's typed contents. Raises Invalid for a datatype that has none."""
-    known = _CONTENTS.get(output.datatype)
-    if known is None:
-        raise Invalid(f"output {output.name!r}: {output.datatype} has no typed contents: leave out {_RAW_REPLY}")
-    field, code = known
-    values = getattr(output.contents, field)
-    if code:
-        values.extend(array(code, data))
-        return
-    offset = 0
-    while offset < len(data):
-        start = offset + _LENGTH_BYTES
-        offset = start + int.from_bytes(data[offset:start], "little")
-        values.append(data[start:offset])

@@ -12,7 +12,8 @@ from lepton_common.http11_request import Buffer, Request
 from lepton_gateway import inference_pb2 as pb
 from lepton_gateway.answers import Answer, Handle, request
 from lepton_gateway.rpc import PREFIX_BYTES, START, Call, Share, Status, Unary, framed, status_of_http, trailers
-from lepton_gateway.rpc_codec import encode_request, encode_response, infer_target, read_request, tagged, wants_typed
+from lepton_gateway.rpc_answers import encode_response, tagged
+from lepton_gateway.rpc_codec import encode_request
 
 Metadata = tuple[tuple[bytes, bytes], ...]
 
@@ -53,21 +54,15 @@ def _ask_infer(
     call: Call, handle: Handle, data: bytes | bytearray, then: Callable[[Answer, bool, bool], None]
 ) -> Request:
     """`then` gets the answer, whether it is wanted in typed contents, and whether a final one is to be marked."""
-    message, raw = read_request(data)
-    if not message.model_name:
-        raise Invalid("model_name is missing")
-    target = infer_target(message.model_name, message.model_version)
-    header_length, body = encode_request(message, raw)
-    typed = wants_typed(message)
-    final = "triton_enable_empty_final_response" in message.parameters
+    wanted, body = encode_request(data)
     return ask(
         call,
         handle,
         "POST",
-        target,
+        wanted.target,
         body,
-        lambda answer: then(answer, typed, final),
-        header_length,
+        lambda answer: then(answer, wanted.typed, wanted.final),
+        len(wanted.head),
     )
 
 

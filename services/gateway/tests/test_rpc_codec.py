@@ -12,7 +12,8 @@ from lepton_common.signature import DTYPES, Signature, TensorSpec
 from lepton_common.tensors import Array, to_binary
 from lepton_gateway import inference_pb2 as pb
 from lepton_gateway import rpc_codec
-from lepton_gateway.rpc_codec import encode_request, encode_response, read_request
+from lepton_gateway.rpc_answers import encode_response
+from lepton_gateway.rpc_codec import encode_request
 
 FIELDS = {
     **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
@@ -50,8 +51,8 @@ def signature_of(datatype: str, dims: int) -> Signature:
 
 def decoded(message: bytes, signature: Signature) -> oip.InferRequest:
     """What the worker makes of the message, once it came through the gateway."""
-    header_length, body = encode_request(*read_request(message))
-    return oip.decode_request(body, header_length, signature)
+    wanted, body = encode_request(message)
+    return oip.decode_request(body, len(wanted.head), signature)
 
 
 def request_of(datatype: str, array: Array, *, typed: bool) -> pb.ModelInferRequest:
@@ -115,6 +116,16 @@ def test_a_large_message_is_refused_where_protobuf_refuses_it(head: bytes, cut: 
     assert rest.model_name == whole.model_name
 
 
+def test_a_message_of_many_fields_is_for_protobuf_to_read() -> None:
+    request = pb.ModelInferRequest(model_name="m", raw_input_contents=[b"\1"] * 200)
+    for index in range(200):
+        request.inputs.add(name=f"x{index}", datatype="INT8", shape=[1])
+    message = request.SerializeToString()
+    assert rpc_codec._split(memoryview(message)) is None
+    wanted, body = encode_request(message)
+    assert body == wanted.head + b"\1" * 200
+
+
 @pytest.mark.parametrize("typed", [False, True])
 @pytest.mark.parametrize("datatype", FIELDS)
 def test_an_answer_is_the_message_that_protobuf_would_make(datatype: str, typed: bool) -> None:
@@ -167,4 +178,4 @@ def broken(change: str) -> pb.ModelInferRequest:
 )
 def test_errors_name_the_input(change: str, told: str) -> None:
     with pytest.raises(Invalid, match=told.replace("(", r"\(")):
-        encode_request(*read_request(broken(change).SerializeToString()))
+        encode_request(broken(change).SerializeToString())
