@@ -96,6 +96,8 @@ RULES: dict[str, dict[str, frozenset[str]]] = {
         "POST /v1/serving/{model}/unload": DEPLOY,
         "PUT /v1/serving/{model}/cache": DEPLOY,
         "DELETE /v1/serving/{model}/cache": DEPLOY,
+        "PUT /v1/serving/{model}/limits": DEPLOY,
+        "DELETE /v1/serving/{model}/limits": DEPLOY,
     },
     "monitor": {**OPERATIONAL, "GET /v1/windows": READ, "POST /v1/windows/counters": TEST, "GET /v1/labels": READ},
     "gateway": {

@@ -56,13 +56,15 @@ SERVICES = {
         "POST /v1/serving/{model}/unload",
         "PUT /v1/serving/{model}/cache",
         "DELETE /v1/serving/{model}/cache",
+        "PUT /v1/serving/{model}/limits",
+        "DELETE /v1/serving/{model}/limits",
     },
     "monitor": {"GET /v1/windows", "POST /v1/windows/counters", "GET /v1/labels"},
 }
 OPERATIONS = [(service, label) for service, labels in SERVICES.items() for label in sorted(labels)]
 
 # Wrong, but no schema can say so: a digest that the body does not have, an expiry in the past, steps that do not grow,
-# an Istio feature that is refused, a time span that ends before it begins.
+# an Istio feature that is refused, a burst without a rate, a time span that ends before it begins.
 WRONG_BEYOND_SCHEMA = {
     "PUT /v1/artifacts/{sha256}",
     "POST /v1/keys",
@@ -70,6 +72,7 @@ WRONG_BEYOND_SCHEMA = {
     "POST /v1/rollouts/{rollout}/replay",
     "PUT /v1/policies/{model}",
     "PUT /v1/mesh/{model}",
+    "PUT /v1/serving/{model}/limits",
     "GET /v1/windows",
 }
 # Asking what would have been changes nothing, so a reader may.

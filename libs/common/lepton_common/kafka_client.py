@@ -127,7 +127,6 @@ class Producer:
                 client_id=self._client_id,
                 acks="all",
                 enable_idempotence=True,
-                linger_ms=2,
                 max_request_size=_MAX_REQUEST_BYTES,
                 request_timeout_ms=REQUEST_TIMEOUT_S * 1000,
             )

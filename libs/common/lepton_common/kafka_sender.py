@@ -15,6 +15,8 @@ from lepton_common.kafka_client import Producer, Record
 
 # At once, so that others on the loop wait no longer than for these.
 _MAX_SENT = 64
+# One request to the broker costs both sides about as much as ten records.
+_GATHER_S = 0.005
 # What no repetition stores.
 _REFUSED = (
     InvalidTopicError,
@@ -50,6 +52,8 @@ class Sender:
     async def _send_all(self) -> None:
         try:
             while self._waiting:
+                if len(self._waiting) < _MAX_SENT:
+                    await asyncio.sleep(_GATHER_S)
                 batch, self._waiting = self._waiting[:_MAX_SENT], self._waiting[_MAX_SENT:]
                 error = await self._error_of([record for record, _ in batch])
                 for record, stored in batch:

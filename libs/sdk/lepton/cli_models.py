@@ -199,6 +199,39 @@ def cache(
 
 
 @commands.command(rich_help_panel=_PANEL)
+def limits(
+    ctx: typer.Context,
+    model: Name,
+    rate: Annotated[float | None, typer.Option(help="Requests a second, in the mean.")] = None,
+    burst: Annotated[int | None, typer.Option(help="Requests at once, where there is a rate.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Requests under way at a time.")] = None,
+    timeout: Annotated[int | None, typer.Option(metavar="MS", help="Milliseconds that an answer may take.")] = None,
+    off: Annotated[bool, typer.Option("--off", help="Go back to the defaults.")] = False,
+    json: Json = False,
+) -> None:
+    """Show, or change, what each gateway lets through to a model. What is not given stays as it is."""
+    given = {"rate_per_s": rate, "burst": burst, "max_concurrency": concurrency, "timeout_ms": timeout}
+    wanted = {name: value for name, value in given.items() if value is not None}
+    if off and wanted:
+        raise typer.BadParameter("--off goes back to the defaults: give no limit beside it")
+    with connect(ctx) as client:
+        view = client.unset_limits(model) if off else client.serving(model)
+        if wanted:
+            view = client.set_limits(model, **{**view.limits.model_dump(), **wanted})
+    kept = view.limits
+    if json:
+        print_json({"model": model, "limits": kept})
+        return
+    at_once = "" if kept.burst is None else f" ({kept.burst} at once)"
+    told = "any rate" if kept.rate_per_s is None else f"{kept.rate_per_s:g} requests/s{at_once}"
+    rest = f"{kept.max_concurrency} under way at a time, each for {kept.timeout_ms} ms at most"
+    console.print(f"{model} takes {told} at each gateway, {rest}.")
+    if not (off or wanted):
+        example = f"lepton limits {model} --rate 100 --burst 20 --concurrency 10 --timeout 500"
+        console.print(f"`{example}` changes that, each option what it names; `--off` takes all back.")
+
+
+@commands.command(rich_help_panel=_PANEL)
 def infer(
     ctx: typer.Context,
     model: Name,

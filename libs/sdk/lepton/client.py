@@ -11,7 +11,7 @@ import orjson
 import stamina
 from pydantic import ValidationError
 
-from lepton import operations, operations_keys, operations_policies, operations_rollouts, upload
+from lepton import operations, operations_keys, operations_policies, operations_rollouts, operations_serving, upload
 from lepton.endpoint import Endpoint, find_endpoint
 from lepton.errors import DeadlineExceeded, LeptonError, Unreachable, error_of
 from lepton.flow import Ask, Flow, Pause, Reply, Work
@@ -79,9 +79,11 @@ class _Operations:
     rollouts = _Operation(operations_rollouts.rollouts)
     rollout = _Operation(operations_rollouts.rollout)
     find_rollout = _Operation(operations_rollouts.find_rollout)
-    serving = _Operation(operations_rollouts.serving)
-    set_cache = _Operation(operations_rollouts.set_cache)
-    unset_cache = _Operation(operations_rollouts.unset_cache)
+    serving = _Operation(operations_serving.serving)
+    set_cache = _Operation(operations_serving.set_cache)
+    unset_cache = _Operation(operations_serving.unset_cache)
+    set_limits = _Operation(operations_serving.set_limits)
+    unset_limits = _Operation(operations_serving.unset_limits)
     decisions = _Operation(operations_rollouts.decisions)
     rollout_windows = _Operation(operations_rollouts.rollout_windows)
     replay = _Operation(operations_rollouts.replay)

@@ -292,8 +292,19 @@ class ResponseCache(Request):
     max_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 64 << 20
 
 
+class ModelLimits(Request):
+    """What each gateway lets through to a model, whoever asks, and how long an answer may take. None is the default:
+    any rate, a second's worth of it at once, 1024 requests under way, 30 000 ms."""
+
+    rate_per_s: Annotated[Number, Field(gt=0)] | None = None
+    burst: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_concurrency: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    timeout_ms: Annotated[int, Field(ge=1, le=3_600_000)] | None = None
+
+
 class ServingView(Response):
-    """What is served of a model now. `previous` is where a rollback goes; `cache` is None where it is off.
+    """What is served of a model now. `previous` is where a rollback goes; `cache` is None where it is off; `limits` are
+    those that hold.
 
     A version without a share of `split` is warm: it answers when asked for by number.
     """
@@ -307,6 +318,7 @@ class ServingView(Response):
     versions: list[int]
     workers: list[LoadedVersion]
     cache: ResponseCache | None = None
+    limits: ModelLimits = ModelLimits()
 
 
 # --- the Open Inference Protocol's part that people look at -----------------------------------------------------------

@@ -1,7 +1,7 @@
 """What a client can do, each operation once, as a flow (see `flow.py`): models, inference.
 
-Tenants and keys are in `operations_keys.py`, rollouts in `operations_rollouts.py`, policies, windows and the mesh in
-`operations_policies.py`.
+Tenants and keys are in `operations_keys.py`, rollouts in `operations_rollouts.py`, how a model is served in
+`operations_serving.py`, policies, windows and the mesh in `operations_policies.py`.
 """
 
 import secrets

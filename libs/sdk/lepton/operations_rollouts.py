@@ -7,9 +7,10 @@ from typing import Literal, TypeAlias
 from uuid import UUID
 
 from lepton.errors import DeadlineExceeded, Invalid, NotFound, RolloutFailed
-from lepton.flow import Ask, Flow, OnProgress, Progress, ask, checked, get, get_list, parsed, pause, post, segment
-from lepton.models import ResponseCache, ServingView, Version
+from lepton.flow import Flow, OnProgress, Progress, checked, get, get_list, pause, post, segment
+from lepton.models import Version
 from lepton.operations_policies import has_policy, known_policy, preset_or_file
+from lepton.operations_serving import serving
 from lepton.policies import Policy
 from lepton.rollouts import Decision, NewRollout, Reason, Replay, Rollout, RolloutState, WindowPoint
 
@@ -239,29 +240,6 @@ def find_rollout(rollout: UUID | str) -> Flow[Rollout]:
     raise NotFound(
         f"There is no rollout of {name!r}, as a model or as an id.", hint="`lepton rollouts` lists what there is."
     )
-
-
-def serving(model: str) -> Flow[ServingView]:
-    """What is served of a model now. Raises NotFound when nothing ever was."""
-    return get(ServingView, f"/v1/serving/{segment(model)}")
-
-
-def set_cache(model: str, *, ttl_s: float = 60.0, max_bytes: int = 64 << 20) -> Flow[ServingView]:
-    """The gateways answer requests of the same bytes from memory, for `ttl_s` seconds, while one version has all of the
-    model's traffic and no rollout moves it. A change of what is served empties it. Raises NotFound."""
-    body = checked(ResponseCache, ttl_s=ttl_s, max_bytes=max_bytes).model_dump_json().encode()
-    headers = {"content-type": "application/json"}
-    request = Ask(method="PUT", path=_cache_path(model), headers=headers, body=body, repeatable=True)
-    return parsed(ServingView, (yield from ask(request)))
-
-
-def unset_cache(model: str) -> Flow[ServingView]:
-    """The model is asked every time again. Raises NotFound."""
-    return parsed(ServingView, (yield from ask(Ask(method="DELETE", path=_cache_path(model), repeatable=True))))
-
-
-def _cache_path(model: str) -> str:
-    return f"/v1/serving/{segment(model)}/cache"
 
 
 def decisions(rollout_id: UUID | str) -> Flow[list[Decision]]:

@@ -69,6 +69,43 @@ def test_an_empty_list_says_how_to_fill_it(run: Run) -> None:
     assert "`lepton push FILE --name MODEL`" in ok(run("models"))
 
 
+def test_a_models_limits_are_shown_changed_one_by_one_and_taken_back(run: Run, platform: Platform) -> None:
+    def told(*options: object) -> str:
+        return " ".join(ok(run("limits", "m", *options)).split())
+
+    platform.stable["m"] = 1
+    unlimited = "m takes any rate at each gateway, 1024 under way at a time, each for 30000 ms at most."
+    assert told().startswith(f"{unlimited} `lepton limits m --rate 100")
+    told("--rate", 2.5, "--burst", 5)
+    limits = json.loads(ok(run("limits", "m", "--concurrency", 8, "--timeout", 500, "--json")))
+    assert limits == {
+        "model": "m",
+        "limits": {"rate_per_s": 2.5, "burst": 5, "max_concurrency": 8, "timeout_ms": 500},
+    }
+    assert told("--rate", 3) == (
+        "m takes 3 requests/s (5 at once) at each gateway, 8 under way at a time, each for 500 ms at most."
+    )
+    assert told("--off") == unlimited
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--off", "--rate", 1), 2, "--off"),
+        (("--rate", 0), 1, "rate_per_s"),
+        (("--burst", 5), 1, "set rate_per_s too"),
+        (("--timeout", 3_600_001), 1, "timeout_ms"),
+    ],
+)
+def test_limits_that_make_no_sense_change_nothing(
+    run: Run, platform: Platform, options: tuple[object, ...], code: int, said: str
+) -> None:
+    platform.stable["m"] = 1
+    result = run("limits", "m", *options)
+    assert (result.exit_code, said in result.stderr) == (code, True)
+    assert platform.limits == {}
+
+
 def test_a_new_keys_secret_is_all_there_is_on_stdout(run: Run) -> None:
     result = run("keys", "create", "robot", "--scope", "infer", "--scope", "read", "--days", 2)
     assert ok(result) == SECRET + "\n"

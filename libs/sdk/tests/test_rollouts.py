@@ -1,7 +1,8 @@
-"""Rollouts, policies and the mesh from Python, blocking and async."""
+"""Rollouts, limits, policies and the mesh from Python, blocking and async."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import onnx
@@ -9,11 +10,13 @@ import onnx.helper
 import pytest
 from lepton import AsyncClient, Client, Progress
 from lepton.errors import Conflict, DeadlineExceeded, Invalid, NotFound, RolloutFailed
+from lepton.models import ModelLimits
 from lepton.policies import PRESETS, Policy, Strategy
 from lepton.rollouts import Action, Member, Rollout, RolloutState
 
 from libs.sdk.tests import stories
 from libs.sdk.tests.conftest import Platform
+from libs.sdk.tests.traffic import DEFAULT_LIMITS
 
 
 @pytest.fixture
@@ -186,6 +189,29 @@ async def test_the_async_client_does_the_same(platform: Platform) -> None:
         assert (await client.find_rollout("digits")).version == 2
         assert "fast" in (await client.policies()).presets
         assert (await client.pause_rollout("digits")).paused
+        platform.stable["digits"] = 2
+        assert (await client.set_limits("digits", timeout_ms=500)).limits.timeout_ms == 500
+        assert (await client.unset_limits("digits")).limits == DEFAULT_LIMITS
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+def test_limits_are_set_as_a_whole_and_go_back_to_the_defaults(client: Client, platform: Platform) -> None:
+    platform.stable["digits"] = 1
+    assert client.serving("digits").limits == DEFAULT_LIMITS
+    client.set_limits("digits", rate_per_s=0.5, burst=3)
+    limits = client.set_limits("digits", max_concurrency=8).limits
+    assert limits == ModelLimits(max_concurrency=8, timeout_ms=30_000)
+    assert client.unset_limits("digits").limits == client.serving("digits").limits == DEFAULT_LIMITS
+
+
+def test_a_limit_that_makes_no_sense_is_refused_by_name_before_it_is_sent(client: Client, platform: Platform) -> None:
+    for name, value in (("rate_per_s", float("nan")), ("burst", 0), ("max_concurrency", -1), ("timeout_ms", 3_600_001)):
+        limits: dict[str, Any] = {name: value}
+        with pytest.raises(Invalid, match=f"^{name} "):
+            client.set_limits("digits", **limits)
+    assert platform.requests == []
 
 
 # --- policies and the mesh --------------------------------------------------------------------------------------------

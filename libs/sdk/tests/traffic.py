@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
-from lepton.models import ServingView, TrafficShare
+from lepton.models import ModelLimits, ServingView, TrafficShare
 from lepton.policies import PRESETS, Policy
 from lepton.rollouts import (
     Action,
@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from libs.sdk.tests.stories import Story
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+DEFAULT_LIMITS = ModelLimits(max_concurrency=1024, timeout_ms=30_000)
 
 
 class Answer(Exception):  # Not always an error.
@@ -49,6 +50,7 @@ class Traffic:
         self.stories: dict[str, Story] = {}  # By the rollout's id; a story moves on at each look.
         self.looked: dict[str, int] = {}
         self.stable: dict[str, int] = {}
+        self.limits: dict[str, ModelLimits] = {}
         self.policies: dict[str, Policy] = {}
         self.hands: dict[str, NewMesh] = {}
         self.started: list[NewRollout] = []
@@ -171,8 +173,20 @@ class Traffic:
                 split=split,
                 versions=[stable],
                 workers=[],
+                limits=self.limits.get(model, DEFAULT_LIMITS),
             ),
         )
+
+    def put_limits(self, request: Any, model: str) -> None:
+        wanted = ModelLimits.model_validate(request.json())
+        if wanted.burst is not None and wanted.rate_per_s is None:
+            raise problem(400, "Bad Request", "set rate_per_s too")
+        self.limits[model] = DEFAULT_LIMITS.model_copy(update=wanted.model_dump(exclude_none=True))
+        self.get_serving(request, model)
+
+    def delete_limits(self, request: Any, model: str) -> None:
+        self.limits.pop(model, None)
+        self.get_serving(request, model)
 
     # --- policies ---
 
@@ -253,6 +267,8 @@ ROUTES: dict[tuple[str, str], Callable[..., None]] = {
     ("GET", "v1/windows"): Traffic.get_windows,
     ("POST", "v1/serving/*/rollback"): Traffic.rollback,
     ("GET", "v1/serving/*"): Traffic.get_serving,
+    ("PUT", "v1/serving/*/limits"): Traffic.put_limits,
+    ("DELETE", "v1/serving/*/limits"): Traffic.delete_limits,
     ("GET", "v1/policies"): Traffic.get_policies,
     ("GET", "v1/policies/*"): Traffic.get_policy,
     ("PUT", "v1/policies/*"): Traffic.put_policy,

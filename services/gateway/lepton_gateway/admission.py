@@ -5,7 +5,6 @@ its deadline: the work ahead of it, over the number of places, plus what its mod
 door, with the time after which it could. A refusal is a 429 where caller, model or tenant is over a limit, else a 503.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from enum import StrEnum
@@ -21,10 +20,6 @@ _MAX_WAITING = 4096
 _MAX_WAITING_BYTES = 256 << 20
 # How much longer the work ahead may take than it usually does.
 _CAUTION = 1.25
-# Callers wait for a processor as long as the loop does. Nobody notices so little; and nobody is there to notice more
-# when none has asked for so long.
-_UNNOTICED_LATE_S = 0.002
-_ASKED_LATELY_S = 1.0
 
 
 class Reason(StrEnum):
@@ -50,9 +45,7 @@ class Admission:
         self._pools: dict[str, Pool] = {}
         self.keys: Mapping[str, Use] = self._keys
         self.pools: Mapping[str, Pool] = self._pools
-        self._asked = 0  # requests that callers wait for
-        self._asked_before = 0
-        self._asked_at = -math.inf
+        self.asked = 0  # requests that callers wait for, or waited
         # By reason, and whether it was background work.
         self.refused: Counter[tuple[Reason, bool]] = Counter()
 
@@ -80,13 +73,13 @@ class Admission:
             places.free -= 1
             all_places.free -= 1
             model.in_flight += 1
-            self._asked += 1
+            self.asked += 1
             return True
         return False
 
     def enter(self, ticket: Ticket, caller: Caller) -> None:
         """The request has started, or waits for its turn. Raises Limited or Overloaded when it is refused."""
-        self._asked += not ticket.background
+        self.asked += not ticket.background
         key = self._keys.get(caller.key_id)
         if key is None:
             key = self._keys[caller.key_id] = Use("this API key", caller.limits)
@@ -147,16 +140,6 @@ class Admission:
                 ticket.lane.left(ticket)
                 self._give_up(ticket, now)
             self._pump(pool, now)
-
-    def lagged(self, now: float, late_s: float) -> None:
-        """The loop came to something `late_s` after its time, as it does when processors are short. Background work
-        yields then, while there are callers. To be told often."""
-        if self._asked != self._asked_before:
-            self._asked_before, self._asked_at = self._asked, now
-        if now - self._asked_at < _ASKED_LATELY_S:
-            for pool in self._pools.values():
-                if pool.background.in_flight:
-                    pool.background.observe(now, late_s, _UNNOTICED_LATE_S, 0.0)
 
     def tidy(self, now: float) -> None:
         """What need not be remembered is forgotten. To be called now and then."""

@@ -1,7 +1,7 @@
 """Inference over Kafka: each message goes the way of an HTTP request, as work that yields to those who wait.
 
 A message is done once its outcome, or a dead letter, is stored. What the platform has no room for now is asked again
-until its deadline; while that happens fewer messages are taken (additive increase, multiplicative decrease).
+until its deadline.
 """
 
 import asyncio
@@ -25,6 +25,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from lepton_gateway.answers import Answer, Handle, request
 from lepton_gateway.async_requests import MAX_KEY_BYTES, AsyncRequest, outcome_of, request_of
+from lepton_gateway.async_room import Room
 
 GROUP = "lepton-inference"
 
@@ -33,37 +34,11 @@ _NO_ROOM = frozenset({429, 502, 503})
 _TOO_LATE = 504
 _TRIES_IN_TIME = 3
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.05, 5.0
-_FIRST_ROOM, _LEAST_ROOM = 32.0, 4.0
-_SHRINK = 0.7
-_SHRINK_EVERY_S = 0.1
 
 _OWN_TOPICS = frozenset((RESULTS.name, dead_letter_topic(REQUESTS.name)))
 
 Send = Callable[[Record], Awaitable[None]]
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
-
-
-class Room:
-    """How many messages are worked on at a time: one more for as many as went well, fewer when there was no room."""
-
-    def __init__(self, most: int, clock: Callable[[], float]) -> None:
-        self._most = most
-        self._clock = clock
-        self._size = min(_FIRST_ROOM, most)
-        self._shrunk_at = -1.0
-
-    def size(self) -> int:
-        return int(self._size)
-
-    def went_well(self) -> None:
-        self._size = min(self._most, self._size + 1 / self._size)
-
-    def was_short(self) -> None:
-        """Answers of the same moment say it once."""
-        now = self._clock()
-        if now - self._shrunk_at >= _SHRINK_EVERY_S:
-            self._shrunk_at = now
-            self._size = max(min(_LEAST_ROOM, self._most), self._size * _SHRINK)
 
 
 class AsyncInference:

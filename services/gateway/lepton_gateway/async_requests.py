@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
+from hashlib import sha1
 from typing import Any
-from uuid import UUID, uuid5
+from uuid import UUID
 
 import orjson
 from lepton_common.errors import Invalid
@@ -17,7 +18,7 @@ from lepton_common.topics import RESULTS
 from lepton_gateway.answers import Answer
 from lepton_gateway.rpc_codec import infer_target
 
-_IDS = UUID("6f2f9f0e-3b7b-4c56-9d0c-2a4e0f5f7a11")
+_IDS = UUID("6f2f9f0e-3b7b-4c56-9d0c-2a4e0f5f7a11").bytes
 _BINARY = "application/octet-stream"
 _LENGTH = "inference-header-content-length"
 _PREFIX = "lepton-"
@@ -31,7 +32,7 @@ class AsyncRequest:
 
     id: str
     tenant: str
-    outcome_id: UUID
+    outcome_id: str
     target: bytes
     headers: Mapping[bytes, bytes]
     body: bytes
@@ -76,7 +77,7 @@ def request_of(
     return AsyncRequest(
         identity,
         tenant,
-        uuid5(_IDS, f"{tenant}\n{message.source}\n{identity}"),
+        _outcome_id(f"{tenant}\n{message.source}\n{identity}"),
         infer_target(model, _version(options.get("version"))),
         headers,
         message.data,
@@ -89,26 +90,31 @@ def request_of(
 def outcome_of(request: AsyncRequest, asked: Asked, answer: Answer, began: float, now: float) -> Record:
     """The answer as a CloudEvent, in the partition that the request was in. `began` and `now` are Unix times in
     seconds."""
-    told = {
-        "ce_specversion": "1.0",
-        "ce_id": str(request.outcome_id),
-        "ce_source": "/gateway",
-        "ce_type": "InferenceAnswered" if answer.status == 200 else "InferenceFailed",
-        "ce_time": datetime.fromtimestamp(now, UTC).isoformat(),
-        "ce_correlationid": request.id,
-        "ce_tenant": request.tenant,
-        "content-type": answer.headers.get(b"content-type", b"application/json").decode("latin-1"),
-        "lepton-status": str(answer.status),
-        "lepton-version": answer.headers.get(b"x-lepton-version", b"").decode("latin-1"),
-        "lepton-waited-ms": str(max(0, round(began * 1e3) - asked.at_ms)),
-        "lepton-took-ms": str(round((now - began) * 1e3)),
-    }
-    if length := answer.headers.get(_LENGTH.encode()):
-        told[_LENGTH] = length.decode("latin-1")
-    if traceparent := answer.headers.get(b"traceparent") or request.headers.get(b"traceparent"):
-        told["traceparent"] = traceparent.decode("latin-1")
-    headers = [(name, value.encode()) for name, value in told.items() if value]
+    told = [
+        ("ce_specversion", b"1.0"),
+        ("ce_id", request.outcome_id.encode()),
+        ("ce_source", b"/gateway"),
+        ("ce_type", b"InferenceAnswered" if answer.status == 200 else b"InferenceFailed"),
+        ("ce_time", datetime.fromtimestamp(now, UTC).isoformat().encode()),
+        ("ce_correlationid", request.id.encode()),
+        ("ce_tenant", request.tenant.encode()),
+        ("content-type", answer.headers.get(b"content-type", b"application/json")),
+        (_LENGTH, answer.headers.get(_LENGTH.encode(), b"")),
+        ("lepton-status", b"%d" % answer.status),
+        ("lepton-version", answer.headers.get(b"x-lepton-version", b"")),
+        ("lepton-waited-ms", b"%d" % max(0, round(began * 1e3) - asked.at_ms)),
+        ("lepton-took-ms", b"%d" % round((now - began) * 1e3)),
+        ("traceparent", answer.headers.get(b"traceparent") or request.headers.get(b"traceparent", b"")),
+    ]
+    headers = [each for each in told if each[1]]
     return Record(request.reply_topic, asked.key or request.id.encode(), answer.body, headers, asked.partition)
+
+
+def _outcome_id(name: str) -> str:
+    """`str(uuid.uuid5(_IDS, name))` (RFC 9562 §5.5), which takes five times as long."""
+    found = sha1(_IDS + name.encode(), usedforsecurity=False).hexdigest()
+    variant = "89ab"[int(found[16], 16) & 3]
+    return f"{found[:8]}-{found[8:12]}-5{found[13:16]}-{variant}{found[17:20]}-{found[20:32]}"
 
 
 def _options(message: Message) -> Mapping[str, Any]:

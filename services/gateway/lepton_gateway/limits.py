@@ -7,6 +7,8 @@ from lepton_common.records import KeyLimits, Limits
 SECONDS_A_DAY = 86_400
 # Times of `time.monotonic` are told to less than this.
 _EPSILON_S = 1e-9
+# One request in eleven days. The interval of a far lower rate is infinite, and infinite times let everything through.
+_LEAST_RATE_PER_S = 1e-6
 
 
 class TokenBucket:
@@ -18,7 +20,7 @@ class TokenBucket:
     __slots__ = ("_full_at", "_interval_s", "_slack_s")
 
     def __init__(self, rate_per_s: float, burst: int | None) -> None:
-        self._interval_s = 1 / rate_per_s
+        self._interval_s = 1 / max(rate_per_s, _LEAST_RATE_PER_S)
         self._slack_s = (max(1, math.ceil(rate_per_s) if burst is None else burst) - 1) * self._interval_s
         self._full_at = -math.inf
 

@@ -29,7 +29,8 @@ from lepton_common.topics import REQUESTS
 
 from lepton_gateway.admission import Admission
 from lepton_gateway.api import Api
-from lepton_gateway.async_inference import GROUP, AsyncInference, Room
+from lepton_gateway.async_inference import GROUP, AsyncInference
+from lepton_gateway.async_room import Room, yield_to_callers
 from lepton_gateway.callers import Callers
 from lepton_gateway.logs import LogSettings
 from lepton_gateway.metrics import Metrics, metrics_page
@@ -88,7 +89,7 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
     service.background(reporter.run)
     service.background(partial(watch_over, admission))
     service.every(SHARE_EVERY_S, quotas.share)
-    hear_requests(service, settings, api, callers, keys)
+    hear_requests(service, settings, api, callers, keys, admission)
     service.serve(server)
     rpc_api = RpcApi(api.handle, callers, service.readiness, settings.max_body_bytes)
     service.serve(http2.Server(rpc_api.handle), port=settings.grpc_port)
@@ -97,7 +98,9 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
     return service
 
 
-def hear_requests(service: Service, settings: Settings, api: Api, callers: Callers, keys: Keys) -> None:
+def hear_requests(
+    service: Service, settings: Settings, api: Api, callers: Callers, keys: Keys, admission: Admission
+) -> None:
     """What is asked for over Kafka is answered there."""
     bootstrap = Bootstrap.parse(settings.kafka)
     results, elsewhere = (Sender(Producer(bootstrap, f"gateway-{name}")) for name in ("results", "replies"))
@@ -121,6 +124,7 @@ def hear_requests(service: Service, settings: Settings, api: Api, callers: Calle
     service.on_close(results.close)
     service.on_close(elsewhere.close)
     service.background(hear)
+    service.background(partial(yield_to_callers, room, lambda: admission.asked))
 
 
 def main() -> None:

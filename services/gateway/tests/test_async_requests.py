@@ -3,7 +3,7 @@
 import json
 from contextlib import suppress
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid5
 
 import pytest
 from hypothesis import given
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from lepton_common import foreign
 from lepton_common.errors import Invalid
 from lepton_common.kafka_intake import Asked
+from lepton_gateway import async_requests
 from lepton_gateway.answers import Answer
 from lepton_gateway.answers import request as ask
-from lepton_gateway.async_inference import Room
 from lepton_gateway.async_requests import AsyncRequest, outcome_of, request_of
 
 KEY = b"Bearer lp_" + b"x" * 43
@@ -46,13 +46,18 @@ def test_headers_go_before_the_json_which_is_then_not_read() -> None:
     assert request.body == b"not read"
 
 
+@given(st.text(max_size=50))
+def test_the_id_of_an_outcome_is_a_uuid_of_version_5(name: str) -> None:
+    namespace = UUID("6f2f9f0e-3b7b-4c56-9d0c-2a4e0f5f7a11")
+    assert async_requests._outcome_id(name) == str(uuid5(namespace, name))
+
+
 def test_the_id_of_the_outcome_follows_from_tenant_source_and_id_alone() -> None:
     ids = {understood(asked({"model": model}, id="7")).outcome_id for model in ("m", "n")}
     assert len(ids) == 1
     assert understood(asked(id="8")).outcome_id not in ids
     assert understood(asked(id="7"), tenant="other").outcome_id not in ids, "two tenants may use the same id"
     assert understood(asked()).id == "requests/3/77"
-    assert isinstance(ids.pop(), UUID)
 
 
 @pytest.mark.parametrize(
@@ -118,24 +123,3 @@ def test_nothing_that_a_producer_writes_raises_but_invalid(value: bytes, headers
     record = Asked("requests", 0, 0, 0, None, value, [("authorization", KEY), *headers])
     with suppress(Invalid):
         assert understood(record).target.startswith(b"/v2/models/")
-
-
-@given(st.lists(st.booleans(), max_size=300), st.integers(1, 500))
-def test_room_stays_within_its_bounds(outcomes: list[bool], most: int) -> None:
-    now = 0.0
-    room = Room(most, lambda: now)
-    for went_well in outcomes:
-        now += 0.06
-        if went_well:
-            room.went_well()
-        else:
-            room.was_short()
-        assert 1 <= room.size() <= most
-
-
-def test_answers_of_one_moment_shrink_the_room_once() -> None:
-    room = Room(100, lambda: 5.0)
-    before = room.size()
-    for _ in range(50):
-        room.was_short()
-    assert room.size() == int(before * 0.7)

@@ -45,6 +45,15 @@ def test_a_bucket_without_a_burst_holds_a_seconds_worth() -> None:
     assert taken == 3
 
 
+def test_the_lowest_rate_there_can_be_lets_through_its_burst_and_no_more() -> None:
+    bucket = TokenBucket(5e-324, 2)
+    taken = 0
+    while bucket.wait_s(5.0) == 0.0:
+        bucket.take(5.0)
+        taken += 1
+    assert (taken, bucket.wait_s(5.0)) == (2, 1e6)
+
+
 def test_limits_told_again_do_not_fill_the_bucket() -> None:
     use = Use("this API key", KeyLimits(rate_per_s=1, burst=1))
     use.take(0.0)

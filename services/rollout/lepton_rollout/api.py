@@ -3,14 +3,14 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Path
-from lepton.models import Name, ResponseCache, ServingView, VersionChoice
+from lepton.models import ModelLimits, Name, ResponseCache, ServingView, VersionChoice
 from lepton.policies import PRESETS, Policy
 from lepton.rollouts import MeshView, NewMesh, Policies, Rollout, StoredPolicy
 from lepton_common.auth import Caller
 from lepton_common.db import Database
 from lepton_common.errors import NotFound
 from lepton_common.events import PolicySet
-from lepton_common.records import Cache, Scope, Serving
+from lepton_common.records import Cache, Limits, Scope, Serving
 from lepton_common.types import ModelRef
 from lepton_common.web import caller
 
@@ -75,6 +75,16 @@ def _add_serving_routes(routes: APIRouter, table: ServingTable, workers: Workers
     async def unset_cache(model: ModelName, by: Deployer) -> ServingView:
         """Ask the model every time again."""
         return view(await commands.cache(by.ref(model), None))
+
+    @routes.put("/serving/{model}/limits")
+    async def set_limits(model: ModelName, limits: ModelLimits, by: Deployer) -> ServingView:
+        """These limits of the model hold at every gateway, the defaults for what is not given."""
+        return view(await commands.limit(by.ref(model), Limits(**limits.model_dump(exclude_none=True))))
+
+    @routes.delete("/serving/{model}/limits")
+    async def unset_limits(model: ModelName, by: Deployer) -> ServingView:
+        """The model has the default limits again."""
+        return view(await commands.limit(by.ref(model), Limits()))
 
 
 def _add_policy_routes(routes: APIRouter, db: Database) -> None:

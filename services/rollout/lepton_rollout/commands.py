@@ -7,14 +7,14 @@ import stamina
 from lepton.policies import OnNewer
 from lepton_common.db import Database
 from lepton_common.errors import Conflict, DeadlineExceeded, NotFound
-from lepton_common.records import Assigned, Cache, Serving
+from lepton_common.records import Assigned, Cache, Limits, Serving
 from lepton_common.types import ModelRef
 
 from lepton_rollout import store, store_facts
 from lepton_rollout.domain import Rollout, State
 from lepton_rollout.loading import Loading, judge_loading
 from lepton_rollout.orders import aborted
-from lepton_rollout.record import abandoned, caching, cooled, returned, unrouted, warmed, withdrawn
+from lepton_rollout.record import abandoned, caching, cooled, limited, returned, unrouted, warmed, withdrawn
 from lepton_rollout.serving import Change, Raced, ServingTable
 from lepton_rollout.starting import IMMEDIATE, Starter
 from lepton_rollout.workers import Workers
@@ -102,6 +102,10 @@ class Commands:
     async def cache(self, model: ModelRef, cache: Cache | None) -> Serving:
         """The gateways keep the model's answers so, or with None no more. Raises NotFound."""
         return await self._record(model, lambda serving: caching(serving, cache))
+
+    async def limit(self, model: ModelRef, limits: Limits) -> Serving:
+        """The model has these limits, in the mesh too, where its timeout is. Raises NotFound and Invalid."""
+        return await self._settle(model, lambda serving: limited(serving, limits))
 
     async def _warm(self, model: ModelRef, assigned: Assigned) -> Serving:
         await self._record(model, lambda serving: warmed(serving, assigned))

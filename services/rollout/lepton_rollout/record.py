@@ -1,8 +1,8 @@
 """What a model's serving record becomes when its traffic moves, and the weights that make its split. Pure."""
 
 from lepton.policies import Policy
-from lepton_common.errors import Conflict, NotFound
-from lepton_common.records import Assigned, Cache, Hand, Serving, Shadow, Share, Sticky, VersionMatch
+from lepton_common.errors import Conflict, Invalid, NotFound
+from lepton_common.records import Assigned, Cache, Hand, Limits, Serving, Shadow, Share, Sticky, VersionMatch
 from lepton_common.types import ModelRef
 
 from lepton_rollout.policy import Kind, Stage
@@ -122,6 +122,15 @@ def caching(serving: Serving, cache: Cache | None) -> Serving:
     if serving.generation == 0:
         raise NotFound(f"model {serving.model!r} is not served")
     return _next(serving, cache=cache)
+
+
+def limited(serving: Serving, limits: Limits) -> Serving:
+    """The model has these limits. Raises NotFound for one never served, Invalid for a burst without a rate."""
+    if serving.generation == 0:
+        raise NotFound(f"model {serving.model!r} is not served")
+    if limits.burst is not None and limits.rate_per_s is None:
+        raise Invalid("burst says how far requests may run ahead of a rate: set rate_per_s too")
+    return _next(serving, limits=limits)
 
 
 def returned(serving: Serving) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from lepton.models import LoadedVersion, ResponseCache, ServingView, TrafficShare
+from lepton.models import LoadedVersion, ModelLimits, ResponseCache, ServingView, TrafficShare
 from lepton.rollouts import Action, ArmView, Decision, MeshView, Replay, Rollout, RolloutState, Verdict, WindowPoint
 from lepton_common import sketch
 from lepton_common.events import VersionWindow, WindowClosed
@@ -146,4 +146,5 @@ def serving_view(serving: Serving, workers: Collection[WorkerState]) -> ServingV
             if (loaded.tenant, loaded.model) == (serving.tenant, serving.model)
         ],
         cache=serving.cache and ResponseCache(ttl_s=serving.cache.ttl_s, max_bytes=serving.cache.max_bytes),
+        limits=ModelLimits(**serving.limits.model_dump()),
     )

@@ -1,9 +1,10 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lepton.models import ModelLimits
 from lepton.policies import Policy
-from lepton_common.errors import Conflict, NotFound
-from lepton_common.records import Cache, Serving, Share
+from lepton_common.errors import Conflict, Invalid, NotFound
+from lepton_common.records import Cache, Limits, Serving, Share
 from lepton_common.types import ModelRef
 from lepton_rollout.policy import Kind, Stage
 from lepton_rollout.record import (
@@ -11,6 +12,7 @@ from lepton_rollout.record import (
     abandoned,
     caching,
     cooled,
+    limited,
     moved,
     promoted,
     returned,
@@ -20,6 +22,7 @@ from lepton_rollout.record import (
     weights,
     withdrawn,
 )
+from lepton_rollout.views import serving_view
 
 from .stand_ins import assigned
 
@@ -60,6 +63,38 @@ def test_a_cache_stays_on_whatever_is_served_until_it_is_turned_off() -> None:
     assert (off.cache, off.generation) == (None, serving.generation + 1)
     with pytest.raises(NotFound, match="not served"):
         caching(unserved(MODEL), on)
+
+
+def test_limits_hold_whatever_is_served_until_they_are_changed() -> None:
+    strict = Limits(rate_per_s=2, burst=5)
+    serving = withdrawn(promoted(warmed(limited(deployed(1), strict), assigned(2)), 2))
+    assert serving.limits == strict
+    back = limited(serving, Limits())
+    assert (back.limits, back.generation) == (Limits(), serving.generation + 1)
+    with pytest.raises(Invalid, match="rate_per_s"):
+        limited(serving, Limits(burst=5))
+    with pytest.raises(NotFound, match="not served"):
+        limited(unserved(MODEL), strict)
+
+
+_COUNTS = st.none() | st.integers(1, 2**31 - 1)
+_RATES = st.none() | st.floats(0, exclude_min=True, allow_infinity=False)
+_LIMITS = st.builds(
+    ModelLimits,
+    rate_per_s=_RATES,
+    burst=_COUNTS,
+    max_concurrency=_COUNTS,
+    timeout_ms=st.none() | st.integers(1, 3_600_000),
+).filter(lambda wanted: wanted.burst is None or wanted.rate_per_s is not None)
+
+
+@given(_LIMITS)
+def test_limits_hold_as_asked_for_and_asked_for_again_as_shown_change_nothing(wanted: ModelLimits) -> None:
+    asked = wanted.model_dump(exclude_none=True)
+    serving = limited(deployed(1), Limits(**asked))
+    shown = serving_view(serving, ()).limits.model_dump(exclude_none=True)
+    assert shown == {"max_concurrency": 1024, "timeout_ms": 30_000, **asked}
+    assert limited(serving, Limits(**shown)) is serving
 
 
 def test_a_promoted_version_takes_all_traffic_and_the_one_before_stays_warm() -> None:
