@@ -5,6 +5,7 @@ its deadline: the work ahead of it, over the number of places, plus what its mod
 door, with the time after which it could. A refusal is a 429 where caller, model or tenant is over a limit, else a 503.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from enum import StrEnum
@@ -20,6 +21,8 @@ _MAX_WAITING = 4096
 _MAX_WAITING_BYTES = 256 << 20
 # How much longer the work ahead may take than it usually does.
 _CAUTION = 1.25
+# Who called within this time may call again.
+_CALLED_LATELY_S = 1.0
 
 
 class Reason(StrEnum):
@@ -45,7 +48,9 @@ class Admission:
         self._pools: dict[str, Pool] = {}
         self.keys: Mapping[str, Use] = self._keys
         self.pools: Mapping[str, Pool] = self._pools
-        self.asked = 0  # requests that callers wait for, or waited
+        self._asked = self._asked_before = 0  # requests that callers wait for, or waited
+        self._called_at = -math.inf
+        self.has_callers = False  # or had a moment ago: background work yields
         # By reason, and whether it was background work.
         self.refused: Counter[tuple[Reason, bool]] = Counter()
 
@@ -73,13 +78,13 @@ class Admission:
             places.free -= 1
             all_places.free -= 1
             model.in_flight += 1
-            self.asked += 1
+            self._asked += 1
             return True
         return False
 
     def enter(self, ticket: Ticket, caller: Caller) -> None:
         """The request has started, or waits for its turn. Raises Limited or Overloaded when it is refused."""
-        self.asked += not ticket.background
+        self._asked += not ticket.background
         key = self._keys.get(caller.key_id)
         if key is None:
             key = self._keys[caller.key_id] = Use("this API key", caller.limits)
@@ -120,7 +125,7 @@ class Admission:
             if ticket.key is not None:
                 ticket.key.in_flight -= 1
         if answer is not None:
-            lane.hear(now, answer)
+            lane.hear(now, answer, has_callers=self.has_callers)
         elif not lane.listens:
             lane.unheard -= 1
             lane.listens = lane.unheard <= 0
@@ -135,6 +140,9 @@ class Admission:
 
     def expire(self, now: float) -> None:
         """Requests that wait and whose time is up hear so. To be called often."""
+        if self._asked != self._asked_before:
+            self._asked_before, self._called_at = self._asked, now
+        self.has_callers = now - self._called_at < _CALLED_LATELY_S
         for pool in self._pools.values():
             for ticket in pool.queue.late(now):
                 ticket.lane.left(ticket)

@@ -15,8 +15,6 @@ _UNNOTICED_S = 0.003
 _LOOK_EVERY_S = 0.02
 _LOOKS, _LATE_LOOKS = 5, 2
 _FIRST_BESIDE_CALLERS, _LEAST_BESIDE_CALLERS = 4.0, 1.0
-# Without a caller for so long, there is nobody to disturb.
-_CALLED_LATELY_S = 1.0
 
 
 class Room:
@@ -60,13 +58,9 @@ class Room:
             self._looks = self._late_looks = 0
 
 
-async def yield_to_callers(room: Room, asked: Callable[[], int]) -> None:
-    """For as long as the gateway lives. `asked` counts the requests that callers wait for, or waited."""
-    called, called_at = asked(), -math.inf
+async def yield_to_callers(room: Room, has_callers: Callable[[], bool]) -> None:
+    """For as long as the gateway lives."""
     while True:
         due = time.monotonic() + _LOOK_EVERY_S
         await asyncio.sleep(_LOOK_EVERY_S)
-        now = time.monotonic()
-        if asked() != called:
-            called, called_at = asked(), now
-        room.looked(now - due, beside_callers=now - called_at < _CALLED_LATELY_S)
+        room.looked(time.monotonic() - due, beside_callers=has_callers())

@@ -127,8 +127,8 @@ class Lane:
         self.pool.background.free -= ticket.background
         self._starts[ticket.background] += 1
 
-    def hear(self, now: float, answer: Answer) -> None:
-        """How a request went."""
+    def hear(self, now: float, answer: Answer, *, has_callers: bool) -> None:
+        """How a request went. Where there are callers, background work yields to them."""
         pool, service = self.pool, self.service
         if answer.served:
             service.add(answer.seconds, answer.queued_s)
@@ -137,7 +137,8 @@ class Lane:
         self.places.observe(now, answer.queued_s, target_s, run_s)
         pool.places.observe(now, answer.queued_s, target_s, run_s)
         if pool.background.in_flight:
-            pool.background.observe(now, answer.queued_s, target_s * _YIELDING, run_s)
+            yielding_s = target_s * _YIELDING if has_callers else target_s
+            pool.background.observe(now, answer.queued_s, yielding_s, run_s)
         calm = answer.queued_s == 0 and pool.waiting == 0 and pool.background.in_flight == 0
         self.listens = not (calm and service.is_known)
         self.unheard = _HEARD_ONE_IN - 1

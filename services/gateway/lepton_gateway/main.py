@@ -124,7 +124,7 @@ def hear_requests(
     service.on_close(results.close)
     service.on_close(elsewhere.close)
     service.background(hear)
-    service.background(partial(yield_to_callers, room, lambda: admission.asked))
+    service.background(partial(yield_to_callers, room, lambda: admission.has_callers))
 
 
 def main() -> None:
