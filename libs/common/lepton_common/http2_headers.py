@@ -21,6 +21,8 @@ _OF_CONNECTIONS = frozenset((b"connection", b"keep-alive", b"proxy-connection", 
 
 def literal(name: bytes, value: bytes) -> bytes:
     """A header as an HPACK literal that changes no table: good on any connection."""
+    if len(name) < 127 and len(value) < 127:
+        return b"\x00%c%b%c%b" % (len(name), name, len(value), value)
     return b"\x00" + _length(len(name)) + name + _length(len(value)) + value
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from functools import lru_cache
 from urllib.parse import quote
-from weakref import WeakValueDictionary
 
 import structlog
 from lepton_common.compression import decompress
@@ -100,10 +99,10 @@ class Room:
     def __init__(self, most: int) -> None:
         self.most = most
         self.free = _LARGEST_AT_ONCE * most
-        self._shares: WeakValueDictionary[str, Share] = WeakValueDictionary()
+        self._shares: dict[str, Share] = {}
 
     def of(self, tenant: str) -> "Share":
-        """The tenant's part of it."""
+        """The part of a tenant that there is; "" is nobody's."""
         share = self._shares.get(tenant)
         if share is None:
             share = self._shares[tenant] = Share(self)
@@ -113,21 +112,18 @@ class Room:
 class Share:
     """A tenant may have as much as is still free beside it: one alone half of all, two a third each."""
 
-    __slots__ = ("__weakref__", "_room", "_taken")
+    __slots__ = ("_room", "_taken", "most")
 
     def __init__(self, room: Room) -> None:
         self._room = room
         self._taken = 0
-
-    @property
-    def most(self) -> int:
-        return self._room.most
+        self.most = room.most  # the size of one message
 
     def take(self, size: int) -> None:
         """Raises TooLarge, and Overloaded while others, or the tenant itself, have the room."""
         room = self._room
-        if size > room.most:
-            raise TooLarge(f"message: {size} bytes, at most {room.most} are taken")
+        if size > self.most:
+            raise TooLarge(f"message: {size} bytes, at most {self.most} are taken")
         if self._taken + size > room.free:
             raise Overloaded(f"message: {size} bytes, more than there is room for now", retry_after_s=1)
         room.free -= size

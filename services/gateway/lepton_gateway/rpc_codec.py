@@ -2,7 +2,7 @@
 
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -34,7 +34,8 @@ LENGTH_BYTES = 4
 # What is understood once and remembered: so many bytes beside the tensors, and so many of these, at most.
 MAX_USUAL_BYTES = 4096
 _MAX_USUAL_TENSORS = 64
-# Of a message, looked at here: protobuf is quicker with many.
+# Protobuf is quicker with small messages and with many fields; large tensors it would copy twice.
+_LARGE_BYTES = 64 << 10
 _MAX_FIELDS = 256
 _MAX_NAME = 253
 _MAX_VARINT_BYTES = 10
@@ -90,26 +91,26 @@ class Wanted:
 def encode_request(message: bytes | bytearray) -> tuple[Wanted, bytes]:
     """What the message asks for, and its body over HTTP. Raises Invalid naming what is wrong, and NotFound.
 
-    Raw tensors are not looked at: protobuf would copy large ones twice. What is beside them is the same in most of a
-    caller's messages, and is understood once.
+    Raw tensors are not looked at. What is beside them is the same in most of a caller's messages: it is understood once.
     """
-    found = _split(memoryview(message))
-    if found is None:
-        request = _parsed(bytes(message))
-        raw: Sequence[Buffer] = request.raw_input_contents
-        wanted = _wanted(request, tuple(map(len, raw)))
-    else:
+    found = _split(memoryview(message)) if len(message) > _LARGE_BYTES else None
+    if found is not None:
         rest, raw = found
-        is_usual = 0 < len(raw) <= _MAX_USUAL_TENSORS and len(rest) <= MAX_USUAL_BYTES
-        understand = _understood if is_usual else _understood.__wrapped__
-        wanted = understand(rest, tuple(map(len, raw)))
+    else:
+        request = _parsed(bytes(message))
+        raw = list(request.raw_input_contents)
+        request.ClearField("raw_input_contents")
+        rest = request.SerializeToString()
+    is_usual = 0 < len(raw) <= _MAX_USUAL_TENSORS and len(rest) <= MAX_USUAL_BYTES
+    understand = _understood if is_usual else _understood.__wrapped__
+    wanted = understand(rest, tuple(map(len, raw)))
     return wanted, b"".join((wanted.head, wanted.tensors, *raw))
 
 
-def _split(message: memoryview) -> tuple[bytes, list[memoryview]] | None:
+def _split(message: memoryview) -> tuple[bytes, list[Buffer]] | None:
     """The message without its raw tensors, and they. None when it is something for protobuf to judge."""
     rest: list[memoryview] = []
-    raw: list[memoryview] = []
+    raw: list[Buffer] = []
     offset, end = 0, len(message)
     for _ in range(_MAX_FIELDS):
         if offset == end:
