@@ -91,7 +91,7 @@ class Wanted:
 def encode_request(message: bytes | bytearray) -> tuple[Wanted, bytes]:
     """What the message asks for, and its body over HTTP. Raises Invalid naming what is wrong, and NotFound.
 
-    Raw tensors are not looked at. What is beside them is the same in most of a caller's messages: it is understood once.
+    Raw tensors are not looked at. What is beside them is the same in most messages of a caller: it is understood once.
     """
     found = _split(memoryview(message)) if len(message) > _LARGE_BYTES else None
     if found is not None:
