@@ -66,7 +66,8 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
     proxy = Proxy(upstream, Tracing(telemetry.tracer, on=bool(settings.otlp)), logs, shadows, admission)
     repository = Repository(http, settings.rollout_url, routes)
     api = Api(routes, callers, proxy, repository, service.readiness)
-    server = Server(api.handle, ServerLimits(max_body_bytes=settings.max_body_bytes))
+    limits = ServerLimits(max_body_bytes=settings.max_body_bytes, max_buffered_bytes=settings.max_buffered_bytes)
+    server = Server(api.handle, limits)
     mirrors = (keys.mirror, serving, workers)
 
     def etcd_stale_s() -> float:

@@ -55,6 +55,26 @@ async def test_a_key_has_its_day_until_midnight(lab: Lab) -> None:
     assert int(responses[2].headers["retry-after"]) == pytest.approx((midnight - now).total_seconds(), abs=20)
 
 
+async def test_large_bodies_have_room_together_and_small_ones_always(lab: Lab) -> None:
+    answering, held = lab.mesh.handler, asyncio.Queue[Request]()
+    lab.mesh.handler = held.put_nowait
+    waiting = [asyncio.create_task(lab.client.post(INFER, content=bytes(1_000_000))) for _ in range(2)]
+    async with lab.patience():
+        requests = [await held.get() for _ in waiting]
+    lab.mesh.handler = answering
+    refused = await lab.client.post(INFER, content=bytes(600_000))
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert error_of(refused) == "body: 600000 bytes, more than there is room for now"
+    metrics = await lab.metrics()
+    assert "lepton_gateway_refused_bodies_total 1.0" in metrics
+    assert "lepton_gateway_free_body_bytes 500000.0" in metrics
+    assert (await lab.client.post(INFER, content=bytes(64 << 10))).status_code == 200
+    for each in requests:
+        answering(each)
+    assert [(await each).status_code for each in waiting] == [200, 200]
+    assert (await lab.client.post(INFER, content=bytes(600_000))).status_code == 200
+
+
 async def test_a_model_has_a_rate_of_its_own(lab: Lab) -> None:
     await lab.serve("slow", 1, limits=Limits(rate_per_s=0.01, burst=1))
     await lab.until("/v2/models/slow", 200)
