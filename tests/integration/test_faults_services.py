@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -24,15 +25,24 @@ from .faults import (
     wait_for_workers,
 )
 from .local_platform import Platform, running_platform, until
+from .onnx_models import mlp
+from .pushes import Pushes
 
 LEPTON = Path(sys.executable).with_name("lepton")
 MODEL = "checked"
 
 
 @pytest.fixture(scope="module")
-def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+def pushed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder from which the platform takes models that are pushed by Kafka."""
+    return tmp_path_factory.mktemp("pushed")
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory, pushed: Path) -> Iterator[Platform]:
     """A platform that these tests break; each leaves it ready. Versions 1 and 2 of MODEL are known."""
-    with running_platform(tmp_path_factory.mktemp("victim"), settings=SETTINGS) as victim:
+    settings = {**SETTINGS, "LEPTON_INGEST_FROM": f"file://{pushed}"}
+    with running_platform(tmp_path_factory.mktemp("victim"), settings=settings) as victim:
         push_versions(victim, MODEL, 1, 2)
         yield victim
 
@@ -113,6 +123,48 @@ def test_a_rollout_that_was_accepted_goes_on_when_rollout_is_killed(victim: Plat
             assert rollout["state"] == "promoted", rollout
             assert answering_version(http, MODEL) == str(version)
     assert not load.failures, load.report()
+
+
+# --- pushes by Kafka --------------------------------------------------------------------------------------------------
+
+
+def test_every_push_by_kafka_has_its_one_outcome_when_the_registry_is_killed(victim: Platform, pushed: Path) -> None:
+    good = [f"push-{number}" for number in range(6)]
+    for number, request in enumerate(good):
+        (pushed / f"{request}.onnx").write_bytes(mlp(seed=10 + number).SerializeToString())
+    (pushed / "bad.onnx").write_bytes(b"not a model")
+    (pushed / "last.onnx").write_bytes(mlp(seed=10).SerializeToString())
+    with closing(Pushes(victim)) as pushes:
+
+        def ask(*requests: str, folder: Path = pushed) -> None:
+            for each in requests:
+                pushes.ask(each, model="pushed", uri=f"file://{folder}/{each}.onnx", deploy=False)
+
+        ask(*good[:3])
+        until(victim.process("registry").children)  # A model is being looked at.
+        victim.kill("registry")
+        # A producer that was not told whether the third one is stored sends it again.
+        ask(*good[2:], "bad")
+        ask("outside", folder=Path("/etc"))
+        victim.wait_ready()
+        victim.kill("registry")
+        pushes.wait_for(*good, "bad", "outside")
+        # What would be done twice is done before this one, which has the bytes of the first.
+        ask("last")
+        pushes.wait_for("last")
+        victim.wait_ready()
+    assert {len(each) for each in pushes.outcomes.values()} == {1}, pushes.outcomes
+    outcomes = {request: outcome for request, (outcome,) in pushes.outcomes.items()}
+    assert {outcomes[each].kind for each in (*good, "last")} == {"IngestFinished"}, outcomes
+    assert sorted(outcomes[each].told for each in good) == [1, 2, 3, 4, 5, 6]
+    assert outcomes["last"].told == outcomes["push-0"].told
+    assert len(pushes.registered["pushed"]) == len(good)
+    assert outcomes["bad"].kind == "IngestFailed"
+    assert "not an ONNX model" in str(outcomes["bad"].told)
+    assert outcomes["outside"].kind == "dead letter"
+    assert "is not below any prefix that the operator allows" in str(outcomes["outside"].told)
+    with victim.client() as client:
+        assert len(client.versions("pushed")) == len(good)
 
 
 # --- every part -------------------------------------------------------------------------------------------------------

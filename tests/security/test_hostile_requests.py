@@ -97,6 +97,21 @@ def test_three_megabytes_in_chunks_of_one_byte_are_one_body(platform: Platform, 
         assert process.memory_info().rss - before < 16 * padding, name
 
 
+def test_bodies_that_never_come_keep_nobody_out(platform: Platform, mlp: str) -> None:
+    """Announced are twice as many bytes as the gateway and a worker have room for."""
+    path = f"/v2/models/{mlp}/infer"
+    announced = post(path, bytes(1 << 20), f"Content-Length: {250 << 20}")
+    large = json.dumps(GOOD).encode() + b" " * (8 << 20)
+    with ExitStack() as stack:
+        for name in ("front", "gateway", "worker-1"):
+            port = platform.layout.ports[name]
+            for _ in range(8):
+                stack.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(announced)
+            for body in (json.dumps(GOOD).encode(), large):
+                status, answer = exchange(port, post(path, body))
+                assert status == 200, (name, len(body), answer)
+
+
 def test_body_for_a_service_ends_at_its_limit(platform: Platform) -> None:
     key = f"Authorization: Bearer {platform.key}"
 

@@ -109,25 +109,24 @@ class EtcdClient:
         compare = [_equal(key, rpc.Compare.MOD, mod_revision=mod_revision)]
         if fence:
             compare.append(_equal(fence.key, rpc.Compare.CREATE, create_revision=fence.create_revision))
-        request = rpc.TxnRequest(compare=compare, success=[rpc.RequestOp(request_put=_put(key, value, lease))])
-        answer = await self._cluster.call(lambda to: to.txn, request)
-        if not answer.succeeded:
-            raise Conflict("changed by someone else meanwhile: read it again")
-        return int(answer.header.revision)
+        return await self._only_if(compare, [rpc.RequestOp(request_put=_put(key, value, lease))])
 
     async def put_together(self, values: Mapping[str, bytes], unchanged: Versioned) -> int:
         """Every key has its value, only if `unchanged` still is; else Conflict and nothing changed."""
         compare = [_equal(unchanged.key, rpc.Compare.MOD, mod_revision=unchanged.mod_revision)]
         puts = [rpc.RequestOp(request_put=_put(key, value, None)) for key, value in values.items()]
-        answer = await self._cluster.call(lambda to: to.txn, rpc.TxnRequest(compare=compare, success=puts))
-        if not answer.succeeded:
-            raise Conflict("changed by someone else meanwhile: read it again")
-        return int(answer.header.revision)
+        return await self._only_if(compare, puts)
 
     async def delete(self, key: str) -> bool:
         """The key does not exist; True when it did."""
         answer = await self._cluster.call(lambda to: to.delete, rpc.DeleteRangeRequest(key=key.encode()))
         return bool(answer.deleted)
+
+    async def delete_if_unchanged(self, found: Versioned) -> None:
+        """The key does not exist, only if it still was as found; else Conflict and nothing changed."""
+        compare = [_equal(found.key, rpc.Compare.MOD, mod_revision=found.mod_revision)]
+        delete = rpc.RequestOp(request_delete_range=rpc.DeleteRangeRequest(key=found.key.encode()))
+        await self._only_if(compare, [delete])
 
     def lease(self, ttl_s: int = 10) -> "Lease":
         """A lease for `async with`; see Lease."""
@@ -208,6 +207,12 @@ class EtcdClient:
     async def close(self) -> None:
         """Every connection is closed; calls still running are cancelled."""
         await self._cluster.close()
+
+    async def _only_if(self, compare: Sequence[Any], success: Sequence[Any]) -> int:
+        answer = await self._cluster.call(lambda to: to.txn, rpc.TxnRequest(compare=compare, success=success))
+        if not answer.succeeded:
+            raise Conflict("changed by someone else meanwhile: read it again")
+        return int(answer.header.revision)
 
 
 class Lease:

@@ -15,6 +15,7 @@ import email.utils
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lepton_common.http11_body import SMALL_BYTES, Room
 from lepton_common.http11_connection import Connection
 from lepton_common.http11_request import JSON, Buffer, Head, Request, error_body, header_block
 from lepton_common.listener import Listener
@@ -28,9 +29,14 @@ _MAX_HEADS = 1024
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """What a peer may cost. A head or body must be complete within its time, a write must make progress within its."""
+    """What a peer may cost. A head or body must be complete within its time, a write must make progress within its.
+
+    Bodies over 64 KiB have `max_buffered_bytes` together, until they are answered: see `http11_body.Room`. One of
+    `max_body_bytes` has room in any case.
+    """
 
     max_body_bytes: int = 64 << 20
+    max_buffered_bytes: int = 1 << 30
     max_header_bytes: int = 32 << 10
     max_headers: int = 128  # a proxy in front, which lets 100 through, adds a few
     header_timeout_s: float = 10.0
@@ -47,6 +53,7 @@ class Server(Listener[Connection]):
         super().__init__()
         self.handler = handler
         self.limits = limits or ServerLimits()
+        self.room = Room(max(self.limits.max_buffered_bytes, self.limits.max_body_bytes))
         # Heads by their bytes: a caller repeats its own. Unique ones (trace ids) only pass through.
         self.heads: dict[bytes, Head] = {}
         self.date = b""
@@ -55,9 +62,9 @@ class Server(Listener[Connection]):
         return Connection(self)
 
     def remember(self, data: bytes, head: Head) -> None:
-        """Keep the parsed head when `data` was exactly that head and the body it announced."""
+        """Keep the parsed head when `data` was exactly that head and the body it announced, which needs no room."""
         cut = data.find(b"\r\n\r\n") + 4
-        if len(data) - cut == head.length:
+        if len(data) - cut == head.length <= SMALL_BYTES:
             if len(self.heads) >= _MAX_HEADS:
                 self.heads.clear()
             self.heads[data[:cut]] = head

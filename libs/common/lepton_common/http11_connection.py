@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 import httptools
 
+from lepton_common.http11_body import JOIN_BYTES, SMALL_BYTES, Body, Refused
 from lepton_common.http11_request import JSON, Buffer, Head, Request, error_body
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _STATUS_LINES = {status: b"HTTP/1.1 %d \r\n" % status for status in range(200, 600)}
 _STATUS_LINES.update({int(each): f"HTTP/1.1 {int(each)} {each.phrase}\r\n".encode() for each in HTTPStatus})
 _LINGER_S = 2.0  # how long a peer that is still sending may take to read the last answer
-_JOIN_BYTES = 16 << 10  # below, copying is cheaper than another buffer in writev
 
 # Where the bytes being read belong.
 _BETWEEN, _HEAD, _BODY, _DEAF = range(4)
@@ -26,19 +26,11 @@ _BETWEEN, _HEAD, _BODY, _DEAF = range(4)
 _REFUSED_HEAD = Head("", b"", {}, 0, keep_alive=False, old=False)
 
 
-class _Refused(Exception):
-    """What is being read is not a request this server takes."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 class Connection(asyncio.Protocol):
     """One peer. Requests are handed over one at a time, in order; the next ones wait in `queue`."""
 
     __slots__ = (
-        "_chunks",
+        "_body",
         "_continue_owed",
         "_count",
         "_half_closed",
@@ -72,8 +64,8 @@ class Connection(asyncio.Protocol):
         self._head: Head | None = None
         self._headers: dict[bytes, bytes] = {}
         self._target = b""
-        self._chunks: list[bytes | bytearray] = []  # the first is bytes
-        self._size = 0  # bytes of target and headers, then of body
+        self._body = Body(server.room)
+        self._size = 0  # bytes of target and headers
         self._count = 0  # of headers
         self._stalled = 0  # bytes read since the message last got anywhere
         self._progress = False
@@ -84,7 +76,7 @@ class Connection(asyncio.Protocol):
         self._unsent = 0
         self._half_closed = False
         self._continue_owed = False
-        self._rejection: _Refused | None = None
+        self._rejection: Refused | None = None
         self.current: Request | None = None
         self.deadline = inf
         self.peer = ""
@@ -100,13 +92,12 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.lost(self)
         self._phase = _DEAF
+        self._forget()
         left, self.current = self.current, None
-        for waiting in self._queue:
-            waiting._connection = None
-        self._queue.clear()
         del self._parser  # it refers back to this object
         if left is not None:
             left._connection = None
+            self._server.room.give_back(left)
             if left.on_disconnect is not None:
                 left.on_disconnect()
 
@@ -116,6 +107,7 @@ class Connection(asyncio.Protocol):
             return False
         self._phase = _DEAF
         self._half_closed = True
+        self._body.drop()
         self.probe()
         return True
 
@@ -151,15 +143,15 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserCallbackError as error:
-            if not isinstance(error.__context__, _Refused):
+            if not isinstance(error.__context__, Refused):
                 raise
             self._reject(error.__context__)
         except httptools.HttpParserError as error:
-            self._reject(_Refused(400, f"not HTTP/1.1: {error}"))
+            self._reject(Refused(400, f"not HTTP/1.1: {error}"))
         else:
             self._stalled = 0 if self._progress else self._stalled + len(data)
             if self._stalled > self._server.limits.max_header_bytes:
-                self._reject(_Refused(431, f"headers: more than {self._server.limits.max_header_bytes} bytes"))
+                self._reject(Refused(431, f"headers: more than {self._server.limits.max_header_bytes} bytes"))
             elif starts and self._head is not None:
                 self._server.remember(data, self._head)
 
@@ -167,7 +159,6 @@ class Connection(asyncio.Protocol):
         self._phase = _HEAD
         self._target = b""
         self._headers = {}
-        self._chunks = []
         self._size = 0
         self._count = 0
         self.deadline = self._server.now + self._server.limits.header_timeout_s
@@ -175,7 +166,7 @@ class Connection(asyncio.Protocol):
     def on_url(self, url: bytes) -> None:
         self._size += len(url)
         if self._size > self._server.limits.max_header_bytes:
-            raise _Refused(414, f"request target: more than {self._server.limits.max_header_bytes} bytes")
+            raise Refused(414, f"request target: more than {self._server.limits.max_header_bytes} bytes")
         self._target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -183,14 +174,14 @@ class Connection(asyncio.Protocol):
             return  # A trailer. It must not change what was decided on the head.
         self._size += len(name) + len(value)
         if self._size > self._server.limits.max_header_bytes:
-            raise _Refused(431, f"headers: more than {self._server.limits.max_header_bytes} bytes")
+            raise Refused(431, f"headers: more than {self._server.limits.max_header_bytes} bytes")
         self._count += 1
         if self._count > self._server.limits.max_headers:
-            raise _Refused(431, f"headers: more than {self._server.limits.max_headers}")
+            raise Refused(431, f"headers: more than {self._server.limits.max_headers}")
         name = name.lower()
         if name in self._headers:
             if name == b"host":
-                raise _Refused(400, "header host: more than one")
+                raise Refused(400, "header host: more than one")
             value = self._headers[name] + b", " + value
         self._headers[name] = value.rstrip(b" \t")
 
@@ -198,18 +189,20 @@ class Connection(asyncio.Protocol):
         limits, headers = self._server.limits, self._headers
         version = self._parser.get_http_version()
         if version not in ("1.1", "1.0"):
-            raise _Refused(505, f"HTTP/{version} is not spoken here, HTTP/1.1 is")
+            raise Refused(505, f"HTTP/{version} is not spoken here, HTTP/1.1 is")
         if self._parser.should_upgrade():
-            raise _Refused(400, "upgrading the protocol is not supported")
+            raise Refused(400, "upgrading the protocol is not supported")
         if version == "1.1" and b"host" not in headers:
-            raise _Refused(400, "header host: missing")
+            raise Refused(400, "header host: missing")
         length = int(headers.get(b"content-length", b"0"))
         if b"transfer-encoding" in headers:
             length = -1
             if version == "1.0" or headers[b"transfer-encoding"].lower() != b"chunked":
-                raise _Refused(400, "header transfer-encoding: only chunked is understood, and in HTTP/1.1 only")
+                raise Refused(400, "header transfer-encoding: only chunked is understood, and in HTTP/1.1 only")
         if length > limits.max_body_bytes:
-            raise _Refused(413, f"body: {length} bytes, at most {limits.max_body_bytes} are taken")
+            raise Refused(413, f"body: {length} bytes, at most {limits.max_body_bytes} are taken")
+        if length > SMALL_BYTES:
+            self._server.room.check(length)
         if version == "1.1" and b"expect" in headers:
             self._expected(headers[b"expect"])
         self._head = Head(
@@ -221,39 +214,28 @@ class Connection(asyncio.Protocol):
             old=version == "1.0",
         )
         self._phase = _BODY
-        self._size = 0
         self._progress = True
         self.deadline = self._server.now + limits.body_timeout_s
 
     def _expected(self, expectation: bytes) -> None:
         if expectation.lower() != b"100-continue":
-            raise _Refused(417, "header expect: only 100-continue is understood")
+            raise Refused(417, "header expect: only 100-continue is understood")
         if self.current is None and not self._queue:
             self._transport.write(_CONTINUE)
         else:
             self._continue_owed = True  # It may not overtake the answers before it.
 
     def on_body(self, body: bytes) -> None:
-        self._size += len(body)
-        if self._size > self._server.limits.max_body_bytes:
-            raise _Refused(413, f"body: more than the {self._server.limits.max_body_bytes} bytes that are taken")
-        chunks = self._chunks
-        # A chunk of one byte as an object of its own would take forty times the room.
-        if not chunks or len(body) >= _JOIN_BYTES:
-            chunks.append(body)
-        elif isinstance(last := chunks[-1], bytearray):
-            last += body
-        else:
-            chunks.append(bytearray(body))
+        if self._body.size + len(body) > self._server.limits.max_body_bytes:
+            raise Refused(413, f"body: more than the {self._server.limits.max_body_bytes} bytes that are taken")
+        self._body.add(body)
         self._progress = True
 
     def on_message_complete(self) -> None:
         assert self._head is not None
         self._phase = _BETWEEN
         self._continue_owed = False
-        chunks = self._chunks
-        self._chunks = []
-        self._arrived(Request(self, self._head, cast(bytes, chunks[0]) if len(chunks) == 1 else b"".join(chunks)))
+        self._arrived(Request(self, self._head, self._body.whole()))
 
     def _arrived(self, request: Request) -> None:
         if not request._head.keep_alive:
@@ -268,11 +250,12 @@ class Connection(asyncio.Protocol):
             self._reading = False
             self._transport.pause_reading()
 
-    def _reject(self, refused: _Refused) -> None:
+    def _reject(self, refused: Refused) -> None:
         """Read no further. The refusal is answered after the requests before it."""
         if self._phase != _DEAF:
             self._phase = _DEAF
             self._rejection = refused
+            self._body.drop()
             self._pump()
 
     # --- answering ---
@@ -297,12 +280,14 @@ class Connection(asyncio.Protocol):
         elif head.old:
             headers += b"connection: keep-alive\r\n"
         first = b"%b%b%bcontent-length: %d\r\n\r\n" % (_STATUS_LINES[status], server.date, headers, length)
-        self.current = None
+        if self.current is not None:
+            server.room.give_back(self.current)
+            self.current = None
         if self._phase == _BETWEEN:
             self.deadline = server.now + server.limits.idle_timeout_s
         if head.method == "HEAD":
             self._transport.write(first)
-        elif length < _JOIN_BYTES:
+        elif length < JOIN_BYTES:
             self._transport.write(b"".join((first, *parts)))
         else:
             self._transport.writelines((first, *parts))
@@ -328,7 +313,7 @@ class Connection(asyncio.Protocol):
         if self._rejection is not None:
             refused, self._rejection = self._rejection, None
             self._server.rejected += 1
-            self.answer(_REFUSED_HEAD, refused.status, JSON, error_body(str(refused)))
+            self.answer(_REFUSED_HEAD, refused.status, JSON + refused.headers, error_body(str(refused)))
         elif self._continue_owed:
             self._continue_owed = False
             self._transport.write(_CONTINUE)
@@ -336,7 +321,7 @@ class Connection(asyncio.Protocol):
     def _close(self) -> None:
         """Say that nothing more comes and wait for the peer to close: closing first could destroy the last answer."""
         self._phase = _DEAF
-        self._queue.clear()
+        self._forget()
         if not self._reading:
             self._transport.resume_reading()
         self._unsent = self._transport.get_write_buffer_size()
@@ -345,6 +330,14 @@ class Connection(asyncio.Protocol):
             self._transport.close()
         else:
             self._transport.write_eof()
+
+    def _forget(self) -> None:
+        """What came and was not handed over never will be."""
+        self._body.drop()
+        for waiting in self._queue:
+            waiting._connection = None
+            self._server.room.give_back(waiting)
+        self._queue.clear()
 
     # --- the server's side ---
 
@@ -361,7 +354,7 @@ class Connection(asyncio.Protocol):
             self.deadline = self._server.now + self._server.limits.write_timeout_s
         elif self._phase in (_HEAD, _BODY) and self._writable:
             self.deadline = inf
-            self._reject(_Refused(408, "the request did not arrive in time"))
+            self._reject(Refused(408, "the request did not arrive in time"))
         elif self._phase == _BETWEEN and self._writable:
             self._transport.close()
         else:

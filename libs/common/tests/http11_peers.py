@@ -47,6 +47,31 @@ class Peer:
         return await self.reader.read() == b""
 
 
+class MemoryTransport(asyncio.Transport):
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = bytearray()
+        self.ended = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += data
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        self.ended = True
+
+    close = abort = write_eof
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
 @asynccontextmanager
 async def connected(server: Server) -> AsyncIterator[Peer]:
     reader, writer = await asyncio.open_connection(*server.address, limit=1 << 26)
@@ -64,6 +89,14 @@ async def serving(handler: Handler, limits: ServerLimits | None = None) -> Async
         yield server
     finally:
         await server.drain(0)
+
+
+def post(body: bytes) -> bytes:
+    return b"%bContent-Length: %d\r\n\r\n%b" % (POST, len(body), body)
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def echo(request: Request) -> None:

@@ -72,6 +72,22 @@ async def test_a_deleted_key_is_gone(etcd: EtcdClient) -> None:
     assert await etcd.delete("/lepton/p/a") is False
 
 
+async def test_a_key_that_changed_meanwhile_is_not_deleted(etcd: EtcdClient) -> None:
+    await etcd.put("/lepton/p/a", b"1")
+    before = await etcd.get("/lepton/p/a")
+    await etcd.put("/lepton/p/a", b"2")
+    after = await etcd.get("/lepton/p/a")
+    assert before is not None
+    assert after is not None
+    with pytest.raises(Conflict):
+        await etcd.delete_if_unchanged(before)
+    assert await etcd.get("/lepton/p/a") == after
+    await etcd.delete_if_unchanged(after)
+    assert await etcd.get("/lepton/p/a") is None
+    with pytest.raises(Conflict):
+        await etcd.delete_if_unchanged(after)
+
+
 async def test_a_value_over_the_limit_is_refused_before_it_is_sent(etcd: EtcdClient) -> None:
     await etcd.put("/lepton/p/a", b"x" * MAX_VALUE_BYTES)
     with pytest.raises(TooLarge, match="65537"):

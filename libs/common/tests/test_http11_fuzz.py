@@ -1,6 +1,5 @@
 """Properties of the server's reading, on a transport in memory: any split, any mutation, any order of known heads."""
 
-import asyncio
 import re
 from itertools import pairwise
 
@@ -8,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lepton_common.http11 import Request, Server, ServerLimits
 from lepton_common.http11_connection import Connection
+
+from .http11_peers import MemoryTransport
 
 MESSAGES = [
     b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -20,31 +21,6 @@ MESSAGES = [
     b"GET /old HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
 ]
 Seen = tuple[str, bytes, tuple[tuple[bytes, bytes], ...], bytes]
-
-
-class MemoryTransport(asyncio.Transport):
-    def __init__(self) -> None:
-        super().__init__()
-        self.written = bytearray()
-        self.ended = False
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self.written += data
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-    def can_write_eof(self) -> bool:
-        return True
-
-    def write_eof(self) -> None:
-        self.ended = True
-
-    close = abort = write_eof
-
-    def pause_reading(self) -> None: ...
-
-    def resume_reading(self) -> None: ...
 
 
 def read(server: Server, pieces: list[bytes]) -> tuple[list[Seen], MemoryTransport]:

@@ -35,7 +35,7 @@ from lepton_gateway.callers import Callers
 from lepton_gateway.logs import LogSettings
 from lepton_gateway.metrics import Metrics, metrics_page
 from lepton_gateway.proxy import Proxy
-from lepton_gateway.quotas import SHARE_EVERY_S, Quotas, watch_over
+from lepton_gateway.quotas import SHARE_EVERY_S, SWEEP_EVERY_S, Quotas, watch_over
 from lepton_gateway.reporter import Reporter
 from lepton_gateway.repository import Repository
 from lepton_gateway.routes import Routes
@@ -68,7 +68,8 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
     proxy = Proxy(upstream, Tracing(telemetry.tracer, on=bool(settings.otlp)), logs, shadows, admission)
     repository = Repository(http, settings.rollout_url, routes)
     api = Api(routes, callers, proxy, repository, service.readiness)
-    server = Server(api.handle, ServerLimits(max_body_bytes=settings.max_body_bytes))
+    limits = ServerLimits(max_body_bytes=settings.max_body_bytes, max_buffered_bytes=settings.max_buffered_bytes)
+    server = Server(api.handle, limits)
     mirrors = (keys.mirror, serving, workers)
 
     def etcd_stale_s() -> float:
@@ -89,6 +90,7 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
     service.background(reporter.run)
     service.background(partial(watch_over, admission))
     service.every(SHARE_EVERY_S, quotas.share)
+    service.every(SWEEP_EVERY_S, quotas.sweep)
     hear_requests(service, settings, api, callers, keys, admission)
     service.serve(server)
     rpc_api = RpcApi(api.handle, callers, service.readiness, settings.max_body_bytes)

@@ -69,7 +69,15 @@ class Metrics(Collector):
             refused.add_metric((str(status),), count)
         yield refused
         yield CounterMetricFamily(
-            "lepton_gateway_malformed_requests", "What was no HTTP request.", value=self._server.rejected
+            "lepton_gateway_malformed_requests",
+            "What was no HTTP request, or was cut off.",
+            value=self._server.rejected,
+        )
+        yield CounterMetricFamily(
+            "lepton_gateway_refused_bodies", "Bodies cut off for want of room.", value=self._server.room.refused
+        )
+        yield GaugeMetricFamily(
+            "lepton_gateway_free_body_bytes", "Memory that is left for large bodies.", value=self._server.room.free
         )
         yield GaugeMetricFamily(
             "lepton_gateway_connections", "Open connections of callers.", value=len(self._server.connections)

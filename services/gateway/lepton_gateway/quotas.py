@@ -3,10 +3,14 @@
 Each gateway counts by itself and adds to the common count every second: a request never waits for etcd. So a key may
 have more than its quota by what the other gateways let through within one round, and a gateway that is killed forgets
 its last one; a write that etcd did not confirm may count twice. While etcd is away each gateway counts alone.
+
+Counts of days that are over mean nothing and are taken out of etcd: with them go those of keys that were revoked, have
+expired or are not used any more.
 """
 
 import asyncio
 import time
+from contextlib import suppress
 
 import structlog
 from lepton_common.errors import Conflict, Unavailable
@@ -17,13 +21,14 @@ from lepton_gateway.admission import Admission
 from lepton_gateway.limits import DayUse
 
 SHARE_EVERY_S = 1.0
+SWEEP_EVERY_S = 3600.0
 _EXPIRE_EVERY_S = 0.02
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 
 class Quotas:
-    """`share` tells the others, and hears of them."""
+    """`share` tells the others, and hears of them; `sweep` takes out of etcd what is over."""
 
     def __init__(self, etcd: EtcdClient, admission: Admission) -> None:
         self._etcd = etcd
@@ -57,6 +62,16 @@ class Quotas:
                 return False
         use.shared(today, count, total)
         return True
+
+    async def sweep(self) -> None:
+        """etcd has no count of a day before yesterday. Raises Unavailable while it is away."""
+        # By the clock of another gateway yesterday may not be over.
+        yesterday = self._admission.today() - 1
+        found, _ = await self._etcd.list(QUOTAS)
+        for each in found:
+            if QuotaUse.model_validate_json(each.value).day < yesterday:
+                with suppress(Conflict):  # It has a new day, or another gateway was faster.
+                    await self._etcd.delete_if_unchanged(each)
 
 
 async def watch_over(admission: Admission) -> None:

@@ -32,6 +32,8 @@ class Settings(CommonSettings):
     """port to listen on for gRPC, 0 for any free one"""
     max_body_bytes: Annotated[int, Field(gt=0)] = 256 << 20
     """bytes of a request's body, or of a gRPC message, as sent"""
+    max_buffered_bytes: Annotated[int, Field(gt=0)] = 1 << 30
+    """bytes that large bodies over HTTP may take together until they are answered; one has room in any case"""
     cache_bytes: Annotated[int, Field(ge=0)] = 256 << 20
     """bytes that the answers kept for all models whose cache is on may take together"""
     async_concurrency: Annotated[int, Field(ge=1, le=10_000)] = 64

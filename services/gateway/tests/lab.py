@@ -182,6 +182,7 @@ async def running(
         keyless_loopback=keyless,
         drain_s=1,
         max_body_bytes=1_000_000,
+        max_buffered_bytes=2_500_000,
         kafka=kafka,
         gateway_id="lab",
         oidc=oidc,

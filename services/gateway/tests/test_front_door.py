@@ -2,12 +2,13 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from lepton_common.auth import Caller
 from lepton_common.errors import LeptonError
-from lepton_common.etcd import EtcdClient
+from lepton_common.etcd import EtcdClient, Versioned
 from lepton_common.http11 import JSON, Request
 from lepton_common.records import QUOTAS, KeyLimits, Limits, QuotaUse, Scope
 from lepton_gateway.admission import Admission
@@ -53,6 +54,26 @@ async def test_a_key_has_its_day_until_midnight(lab: Lab) -> None:
     assert [response.status_code for response in responses] == [200, 200, 429]
     assert "midnight UTC" in error_of(responses[2])
     assert int(responses[2].headers["retry-after"]) == pytest.approx((midnight - now).total_seconds(), abs=20)
+
+
+async def test_large_bodies_have_room_together_and_small_ones_always(lab: Lab) -> None:
+    answering, held = lab.mesh.handler, asyncio.Queue[Request]()
+    lab.mesh.handler = held.put_nowait
+    waiting = [asyncio.create_task(lab.client.post(INFER, content=bytes(1_000_000))) for _ in range(2)]
+    async with lab.patience():
+        requests = [await held.get() for _ in waiting]
+    lab.mesh.handler = answering
+    refused = await lab.client.post(INFER, content=bytes(600_000))
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert error_of(refused) == "body: 600000 bytes, more than there is room for now"
+    metrics = await lab.metrics()
+    assert "lepton_gateway_refused_bodies_total 1.0" in metrics
+    assert "lepton_gateway_free_body_bytes 500000.0" in metrics
+    assert (await lab.client.post(INFER, content=bytes(64 << 10))).status_code == 200
+    for each in requests:
+        answering(each)
+    assert [(await each).status_code for each in waiting] == [200, 200]
+    assert (await lab.client.post(INFER, content=bytes(600_000))).status_code == 200
 
 
 async def test_a_model_has_a_rate_of_its_own(lab: Lab) -> None:
@@ -141,3 +162,37 @@ async def test_gateways_count_a_day_together_and_restarts_forget_nothing(etcd: E
     found = await etcd.get(QUOTAS + "key-1")
     assert found is not None
     assert QuotaUse.model_validate_json(found.value) == QuotaUse(day=20_001, used=5)
+
+
+async def test_counts_of_days_that_are_over_leave_etcd_whatever_became_of_their_keys(etcd: EtcdClient) -> None:
+    clock_s = [20_000.5 * SECONDS_A_DAY]
+    gateway = Gateway(etcd, clock_s)
+    gateway.ask(3)
+    await gateway.quotas.share()
+    for days_later, is_there in ((0, True), (1, True), (2, False)):
+        clock_s[0] = (20_000.5 + days_later) * SECONDS_A_DAY
+        await gateway.quotas.sweep()
+        assert (await etcd.get(QUOTAS + "key-1") is not None) is is_there
+
+
+async def test_a_key_that_is_used_again_while_its_old_count_is_swept_keeps_the_new_one(
+    etcd: EtcdClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock_s = [20_000.5 * SECONDS_A_DAY]
+    gateway, other = Gateway(etcd, clock_s), Gateway(etcd, clock_s)
+    gateway.ask(3)
+    await gateway.quotas.share()
+    clock_s[0] += 2 * SECONDS_A_DAY
+    listed = etcd.list
+
+    async def listed_before_another_writes(prefix: str) -> tuple[Sequence[Versioned], int]:
+        found = await listed(prefix)
+        other.ask(1)
+        await other.quotas.share()
+        return found
+
+    monkeypatch.setattr(etcd, "list", listed_before_another_writes)
+    await gateway.quotas.sweep()
+    found = await etcd.get(QUOTAS + "key-1")
+    assert found is not None
+    assert QuotaUse.model_validate_json(found.value) == QuotaUse(day=20_002, used=1)

@@ -21,7 +21,8 @@ from lepton_registry.uploads import Staging
 
 # A tenant whose hosts are slow leaves room for others.
 AT_ONCE, AT_ONCE_OF_A_TENANT = 4, 2
-LEASE_S = 30.0
+# How long a push waits when its runner is killed; with two of them, all others of the tenant wait as well.
+LEASE_S = 10.0
 TRIES = 6
 _LONGEST_S = 1800.0
 _POLL_S = 5.0

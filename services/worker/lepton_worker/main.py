@@ -72,7 +72,8 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient) -> Service
     )
     tracer = telemetry.tracer if settings.otlp else None
     api = Api(assignments, service.readiness, telemetry.render_metrics, device, settings.max_body_bytes, tracer)
-    front = Front(Server(api.handle, ServerLimits(max_body_bytes=settings.max_body_bytes)))
+    limits = ServerLimits(max_body_bytes=settings.max_body_bytes, max_buffered_bytes=settings.max_buffered_bytes)
+    front = Front(Server(api.handle, limits))
 
     def state() -> WorkerState:
         host, port = front.address

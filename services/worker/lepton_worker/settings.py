@@ -34,6 +34,8 @@ class Settings(CommonSettings):
     """seconds that the first load of an artifact may take"""
     max_body_bytes: Annotated[int, Field(gt=0)] = 257 << 20
     """bytes of a request's body, decompressed"""
+    max_buffered_bytes: Annotated[int, Field(gt=0)] = 1 << 30
+    """bytes that large bodies over HTTP may take together until they are answered; one has room in any case"""
 
 
 def available_cores(cgroup: Path = _CGROUP) -> int:
