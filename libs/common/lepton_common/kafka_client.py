@@ -20,6 +20,8 @@ STOP_TIMEOUT_S = 2
 _MOCK = "mock://"
 _MAX_REQUEST_BYTES = 16 * 1024 * 1024
 _MAX_REPLICAS = 3
+# One record that is larger comes all the same.
+_MAX_PARTITION_BYTES, _MAX_FETCH_BYTES = 128 << 10, 512 << 10
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -61,6 +63,9 @@ def new_consumer(bootstrap: Bootstrap, group: str, instance: str) -> AIOKafkaCon
         # resumed while a fetch without it is on its way; and each idle consumer asks so often.
         fetch_max_wait_ms=10 if bootstrap.mock else 200,
         isolation_level="read_uncommitted" if bootstrap.mock else "read_committed",
+        # What comes at once is read at once, and nothing else meanwhile: 12 MiB would take longer than a caller waits.
+        max_partition_fetch_bytes=_MAX_PARTITION_BYTES,
+        fetch_max_bytes=_MAX_FETCH_BYTES,
         # The mock broker waits nearly this long at every change of a group.
         session_timeout_ms=3_000 if bootstrap.mock else 10_000,
         heartbeat_interval_ms=1_000,

@@ -13,8 +13,9 @@ _SHRINK_EVERY_S = 0.1
 # nothing yet: timers have a grain of a millisecond.
 _UNNOTICED_S = 0.003
 _LOOK_EVERY_S = 0.02
-_LOOKS, _LATE_LOOKS = 5, 2
+# As many as let the loop be late at one look in a hundred or a few: that is whom a p99 tells of.
 _FIRST_BESIDE_CALLERS, _LEAST_BESIDE_CALLERS = 4.0, 1.0
+_MORE_BESIDE_CALLERS = 0.05
 
 
 class Room:
@@ -26,7 +27,6 @@ class Room:
         self._size = min(_FIRST, most)
         self._shrunk_at = -1.0
         self._beside_callers = math.inf  # as many as do not disturb those who are there
-        self._looks = self._late_looks = 0
 
     def size(self) -> int:
         return int(min(self._size, self._beside_callers))
@@ -46,16 +46,12 @@ class Room:
         if not beside_callers:
             self._beside_callers = math.inf
             return
-        self._looks += 1
-        self._late_looks += late_s > _UNNOTICED_S
         if self._beside_callers == math.inf:
             self._beside_callers = min(_FIRST_BESIDE_CALLERS, self._size)
-        elif self._looks >= _LOOKS:
-            if self._late_looks >= _LATE_LOOKS:
-                self._beside_callers = max(_LEAST_BESIDE_CALLERS, self._beside_callers * _SHRINK)
-            else:
-                self._beside_callers = min(self._size, self._beside_callers + 1)
-            self._looks = self._late_looks = 0
+        elif late_s > _UNNOTICED_S:
+            self._beside_callers = max(_LEAST_BESIDE_CALLERS, self._beside_callers * _SHRINK)
+        else:
+            self._beside_callers = min(self._size, self._beside_callers + _MORE_BESIDE_CALLERS)
 
 
 async def yield_to_callers(room: Room, has_callers: Callable[[], bool]) -> None:
