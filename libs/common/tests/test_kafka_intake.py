@@ -161,6 +161,24 @@ async def test_two_intakes_share_the_partitions_and_one_takes_over(kafka: str, n
         assert set(second.done) >= {b"%d" % each for each in numbers[10:]}, "who is left has all of the rest"
 
 
+async def test_a_partition_goes_before_the_key_where_the_topic_has_it(kafka: str, numbers: list[int]) -> None:
+    found: dict[bytes | None, int] = {}
+    wanted = [b"%d" % each for each in numbers[:3]]
+
+    async def handle(asked: Asked) -> None:
+        if asked.value in wanted:
+            found[asked.value] = asked.partition
+
+    sent = [Record(REQUESTS.name, b"key", value, [], where) for value, where in zip(wanted, (3, 7, 99), strict=True)]
+    async with running(kafka, a_group(), handle):
+        producer = Producer(Bootstrap.parse(kafka), "test")
+        await producer.send([*sent, Record(REQUESTS.name, b"key", b"other", [])])
+        await producer.close()
+        await until(lambda: len(found) == 3)
+    assert (found[wanted[0]], found[wanted[1]]) == (3, 7)
+    assert found[wanted[2]] < REQUESTS.partitions
+
+
 async def test_a_record_that_kafka_does_not_take_costs_no_other(kafka: str) -> None:
     producer = Producer(Bootstrap.parse(kafka), "test")
     sender = Sender(producer)

@@ -74,9 +74,8 @@ class AsyncInference:
             ["outcome"],
             registry=registry,
         )
-        self._sizes = Gauge(
-            "lepton_gateway_async_room", "Requests over Kafka that are worked on at a time.", registry=registry
-        )
+        told = "Requests over Kafka that are worked on at a time."
+        Gauge("lepton_gateway_async_room", told, registry=registry).set_function(room.size)
 
     async def handle(self, asked: Asked) -> None:
         """See above. Nothing that a producer wrote raises: a message that nobody can answer is a dead letter."""
@@ -129,7 +128,6 @@ class AsyncInference:
             # Spread, or all that were refused together come back together.
             await asyncio.sleep(min(backoff_s * random.uniform(0.5, 1.5), max(0.0, left_s)))  # noqa: S311 - no secret
             backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
-        self._sizes.set(self._room.size())
         if len(answer.body) > RESULTS.max_message_bytes - 2 * MAX_KEY_BYTES:
             return _failed(413, f"the answer has {len(answer.body)} bytes: more than a message may have")
         return answer

@@ -16,6 +16,7 @@ _LOOK_EVERY_S = 0.02
 # As many as let the loop be late at one look in a hundred or a few: that is whom a p99 tells of.
 _FIRST_BESIDE_CALLERS, _LEAST_BESIDE_CALLERS = 4.0, 1.0
 _MORE_BESIDE_CALLERS = 0.05
+_MORE_ALONE = 1.01  # 1.6 times a second
 
 
 class Room:
@@ -44,12 +45,14 @@ class Room:
     def looked(self, late_s: float, *, beside_callers: bool) -> None:
         """The loop came to a timer `late_s` after its time. To be told every 20 ms."""
         if not beside_callers:
-            self._beside_callers = math.inf
-            return
-        if self._beside_callers == math.inf:
+            # Not all at once: who calls now and then meets what the last one left.
+            self._beside_callers *= _MORE_ALONE
+            if self._beside_callers >= self._size:
+                self._beside_callers = math.inf
+        elif self._beside_callers == math.inf:
             self._beside_callers = min(_FIRST_BESIDE_CALLERS, self._size)
         elif late_s > _UNNOTICED_S:
-            self._beside_callers = max(_LEAST_BESIDE_CALLERS, self._beside_callers * _SHRINK)
+            self._beside_callers = max(_LEAST_BESIDE_CALLERS, min(self._beside_callers, self._size) * _SHRINK)
         else:
             self._beside_callers = min(self._size, self._beside_callers + _MORE_BESIDE_CALLERS)
 

@@ -3,6 +3,7 @@
 Source: grpc/grpc doc/PROTOCOL-HTTP2.md. Requests may be compressed, answers are not.
 """
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -92,8 +93,23 @@ def framed(pieces: Sequence[Buffer]) -> list[Buffer]:
     return [prefix, *pieces] if size > _JOIN_BYTES else [b"".join((prefix, *pieces))]
 
 
+def size_of(prefix: bytes | bytearray, most: int) -> int:
+    """What a message's prefix announces, in bytes. Raises TooLarge."""
+    size = int.from_bytes(prefix[1:PREFIX_BYTES], "big")
+    if size > most:
+        raise TooLarge(f"message: {size} bytes, at most {most} are taken")
+    return size
+
+
+def last_of(error: LeptonError) -> bytes:
+    """The trailers of a call that ends with the error."""
+    again_s = error.retry_after_s
+    metadata = () if again_s is None else ((b"retry-after", b"%d" % math.ceil(again_s)),)
+    return trailers(status_of_http(status_of(error)), error.message, metadata)
+
+
 class Room:
-    """The memory for messages of all calls, from when their size is known until they are answered: a peer may have a
+    """The memory for messages of all calls, from when their bytes come until they are answered: a peer may have a
     thousand calls, and each may be large. `most` is the size of one message."""
 
     def __init__(self, most: int) -> None:
@@ -110,35 +126,28 @@ class Room:
 
 
 class Share:
-    """A tenant may have as much as is still free beside it: one alone half of all, two a third each."""
+    """A tenant's part of the room: at most half. What is only announced takes none of it."""
 
-    __slots__ = ("_room", "_taken", "most")
+    __slots__ = ("_left", "_room", "most")
 
     def __init__(self, room: Room) -> None:
         self._room = room
-        self._taken = 0
+        self._left = _LARGEST_AT_ONCE * room.most // 2
         self.most = room.most  # the size of one message
 
-    def take(self, size: int) -> None:
-        """Raises TooLarge, and Overloaded while others, or the tenant itself, have the room."""
-        room = self._room
-        if size > self.most:
-            raise TooLarge(f"message: {size} bytes, at most {self.most} are taken")
-        if self._taken + size > room.free:
-            raise Overloaded(f"message: {size} bytes, more than there is room for now", retry_after_s=1)
-        room.free -= size
-        self._taken += size
+    def fits(self, size: int) -> bool:
+        return size <= self._left and size <= self._room.free
 
-    def more(self, size: int) -> int:
-        """A message is larger than it was said to be, as compressed ones are: so much more room is taken."""
-        if size <= 0:
-            return 0
-        self.take(size)
-        return size
+    def take(self, size: int) -> None:
+        """So many bytes have come. Raises Overloaded while others, or the tenant itself, have the room."""
+        if not self.fits(size):
+            raise Overloaded("there is no room for the message now", retry_after_s=1)
+        self._room.free -= size
+        self._left -= size
 
     def give_back(self, size: int) -> None:
         self._room.free += size
-        self._taken -= size
+        self._left += size
 
 
 class Call(Sink, ABC):
@@ -180,12 +189,15 @@ class Call(Sink, ABC):
 
     def refuse(self, error: Exception) -> None:
         """The call ends with the error's status."""
-        told = self.guarded(error)
-        self.end(status_of_http(status_of(told)), told.message)
+        self.finish(last_of(self.guarded(error)))
 
     def end(self, status: Status, message: str = "", metadata: Iterable[tuple[bytes, bytes]] = ()) -> None:
         """The call ends without another message. Nothing was sent yet."""
-        self.stream.reply(START, b"", trailers(status, message, metadata))
+        self.finish(trailers(status, message, metadata))
+
+    def finish(self, last: bytes) -> None:
+        """As `end`, with these trailers."""
+        self.stream.reply(START, b"", last)
 
 
 class Unary(Call):
@@ -194,7 +206,8 @@ class Unary(Call):
     def __init__(self, stream: Stream, room: Share) -> None:
         super().__init__(stream, room)
         self._body: bytes | bytearray = b""
-        self._size: int | None = None  # of the message, once it is known: so much room it has
+        self._taken = 0  # of the room
+        self._size: int | None = None  # of the message, once it is known
         stream.await_body()
 
     @abstractmethod
@@ -214,15 +227,14 @@ class Unary(Call):
             self.stream.end(last)
         self.leave()
 
-    def end(self, status: Status, message: str = "", metadata: Iterable[tuple[bytes, bytes]] = ()) -> None:
-        super().end(status, message, metadata)
+    def finish(self, last: bytes) -> None:
+        super().finish(last)
         self.leave()
 
     def leave(self) -> None:
         """The room is free again."""
-        if self._size is not None:
-            self.room.give_back(self._size)
-            self._size = None
+        self.room.give_back(self._taken)
+        self._taken = 0
         self._body = b""
 
     def received(self, data: bytes) -> None:
@@ -233,11 +245,10 @@ class Unary(Call):
         else:
             self._body += data
         try:
+            self._take(len(data))
             if self._size is None and len(self._body) >= PREFIX_BYTES:
-                size = int.from_bytes(self._body[1:PREFIX_BYTES], "big")
-                self.room.take(size)
-                self._size = size
-                self.stream.credit(size)  # All of it: what there is room for need not wait for leave again and again.
+                self._size = size_of(self._body, self.room.most)
+                self.stream.credit(self._size)  # All of it: nobody need wait for leave again and again.
             if len(self._body) > PREFIX_BYTES + (self._size or 0):
                 raise Invalid("the body has more than one message")
         except LeptonError as error:
@@ -254,7 +265,7 @@ class Unary(Call):
             else:
                 del body[:PREFIX_BYTES]
             message = self.message_of(prefix, body)
-            self._size += self.room.more(len(message) - self._size)
+            self._take(max(0, len(message) - self._taken))  # It was compressed.
             self.asked(message)
         except Exception as error:  # A handler's mistake costs its own call only.
             self.refuse(error)
@@ -262,12 +273,17 @@ class Unary(Call):
     def lost(self) -> None:
         self.leave()
 
+    def _take(self, size: int) -> None:
+        if size:
+            self.room.take(size)
+            self._taken += size
+
 
 class Refusal(Call):
     """A call that cannot be made."""
 
     def __init__(self, stream: Stream, status: Status, message: str) -> None:
-        super().__init__(stream, Room(0).of(""))
+        super().__init__(stream, Share(Room(0)))
         self.end(status, message)
 
     def received(self, data: bytes) -> None:

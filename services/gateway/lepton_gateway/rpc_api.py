@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError, Message
-from lepton_common.errors import Denied, Invalid, LeptonError, status_of
+from lepton_common.errors import Denied, Invalid, LeptonError, Unavailable, status_of
 from lepton_common.health import Readiness
 from lepton_common.http2 import Sink, Stream
 from lepton_common.records import Scope
@@ -25,8 +25,8 @@ from lepton_gateway.rpc_infer import ModelInfer, ModelStreamInfer, ask, metadata
 
 SERVICE = "inference.GRPCInferenceService"
 _HEALTH = "grpc.health.v1.Health"
-# Of a message that carries no tensors: whoever sends it, key or not, takes no room from those that do.
-_MAX_OTHER_BYTES = 1 << 20
+# Of a message that carries no tensors, which may come without a key.
+_MAX_OTHER_BYTES = 16 << 10
 _NOT_SHARED = "shared memory is not supported: send tensors as raw_input_contents"
 
 Line = tuple[str, bytes, Any]  # method, target, and the JSON document or None
@@ -163,8 +163,8 @@ METHODS: Mapping[str, Method] = {
 class Asked(Unary):
     """A call of one of `METHODS`."""
 
-    def __init__(self, stream: Stream, room: Share, handle: Handle, method: Method) -> None:
-        super().__init__(stream, room)
+    def __init__(self, stream: Stream, handle: Handle, method: Method) -> None:
+        super().__init__(stream, Share(Room(_MAX_OTHER_BYTES)))
         self._handle = handle
         self._method = method
 
@@ -193,19 +193,20 @@ class RpcApi:
 
     def __init__(self, api: Handle, callers: Callers, readiness: Readiness, max_message_bytes: int) -> None:
         self._callers = callers
+        self._readiness = readiness
         self._room = Room(max_message_bytes)
         self._infer: dict[bytes, Callable[[Stream, Share], Sink]] = {
             _path(SERVICE, "ModelInfer"): partial(ModelInfer, handle=api),
             _path(SERVICE, "ModelStreamInfer"): partial(ModelStreamInfer, handle=api),
         }
-        services, others = {"", SERVICE}, Room(_MAX_OTHER_BYTES).of("")
+        services = {"", SERVICE}
         self._calls: dict[bytes, Callable[[Stream], Sink]] = {
             _path(_HEALTH, "Check"): partial(Check, readiness=readiness, services=services),
             _path(_HEALTH, "Watch"): partial(Watch, readiness=readiness, services=services),
             _path(rpc_reflection.SERVICE, "ServerReflectionInfo"): rpc_reflection.Reflection,
         }
         for name, method in METHODS.items():
-            self._calls[_path(SERVICE, name)] = partial(Asked, room=others, handle=api, method=method)
+            self._calls[_path(SERVICE, name)] = partial(Asked, handle=api, method=method)
         for kind in ("System", "Cuda"):
             for verb in ("Status", "Register", "Unregister"):
                 self._calls[_path(SERVICE, f"{kind}SharedMemory{verb}")] = partial(
@@ -221,8 +222,8 @@ class RpcApi:
         if (infer := self._infer.get(head.path)) is not None:
             try:
                 return infer(stream, self._room.of(self._tenant(stream)))
-            except Denied as denied:
-                return Refusal(stream, status_of_http(status_of(denied)), denied.message)
+            except LeptonError as error:
+                return Refusal(stream, status_of_http(status_of(error)), error.message)
         call = self._calls.get(head.path)
         if call is None:
             told = head.path[:200].decode("latin-1")
@@ -230,16 +231,18 @@ class RpcApi:
         return call(stream)
 
     def _tenant(self, stream: Stream) -> str:
-        """Of the caller. Raises Denied for one who may infer nothing at all: before memory is spent on what they
-        send."""
+        """Of the caller. Raises Denied for one who may infer nothing at all, and Unavailable where that cannot be said:
+        before memory is spent on what they send."""
         head = stream.head
         try:
             return self._callers.check_head(head.headers, head.host, stream.peer, Scope.INFER).tenant
         except Denied as error:
             self._callers.refused(head.headers, stream.peer, error, head.path.decode("latin-1"))
             raise
-        except LeptonError:
-            return ""  # Not known yet: the call itself waits for it.
+        except Unavailable:
+            if self._readiness.started:
+                raise
+            return ""  # The call itself waits for the table of keys.
 
 
 def _path(service: str, method: str) -> bytes:

@@ -2,7 +2,7 @@
 
 import sys
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -77,8 +77,8 @@ def model_target(model: str, version: str, verb: str = "") -> bytes:
 class Wanted:
     """A ModelInferRequest, but for its raw tensors, as the HTTP request that means the same.
 
-    Its body is `head`, which is JSON, and the tensors: the raw ones, or `tensors`, which came in typed contents. The
-    answer shall have typed contents if `typed`, and say that it is the last one if `final`.
+    Its body is `head`, which is JSON and lacks only the id, and the tensors: the raw ones, or `tensors`, which came in
+    typed contents. The answer shall have typed contents if `typed`, and say that it is the last one if `final`.
     """
 
     target: bytes
@@ -88,23 +88,22 @@ class Wanted:
     final: bool
 
 
-def encode_request(message: bytes | bytearray) -> tuple[Wanted, bytes]:
-    """What the message asks for, and its body over HTTP. Raises Invalid naming what is wrong, and NotFound.
+def encode_request(message: bytes | bytearray) -> tuple[Wanted, int, bytes]:
+    """What the message asks for, the length of the JSON in front of its body over HTTP, and this body.
 
-    Raw tensors are not looked at. What is beside them is the same in most messages of a caller: it is understood once.
+    Raises Invalid naming what is wrong, and NotFound. Raw tensors are not looked at. What is beside them and the id is
+    the same in most messages of a caller: it is understood once.
     """
     found = _split(memoryview(message)) if len(message) > _LARGE_BYTES else None
-    if found is not None:
-        rest, raw = found
-    else:
-        request = _parsed(bytes(message))
-        raw = list(request.raw_input_contents)
-        request.ClearField("raw_input_contents")
-        rest = request.SerializeToString()
-    is_usual = 0 < len(raw) <= _MAX_USUAL_TENSORS and len(rest) <= MAX_USUAL_BYTES
-    understand = _understood if is_usual else _understood.__wrapped__
-    wanted = understand(rest, tuple(map(len, raw)))
-    return wanted, b"".join((wanted.head, wanted.tensors, *raw))
+    request = _parsed(bytes(message) if found is None else found[0])
+    raw: Sequence[Buffer] = list(request.raw_input_contents) if found is None else found[1]
+    identity, sizes = request.id, tuple(map(len, raw))
+    request.ClearField("raw_input_contents")
+    request.ClearField("id")
+    rest = request.SerializeToString() if 0 < len(raw) <= _MAX_USUAL_TENSORS else b""
+    wanted = _understood(rest, sizes) if 0 < len(rest) <= MAX_USUAL_BYTES else _wanted(request, sizes)
+    head = b'%b,"id":%b}' % (wanted.head[:-1], orjson.dumps(identity)) if identity else wanted.head
+    return wanted, len(head), b"".join((head, wanted.tensors, *raw))
 
 
 def _split(message: memoryview) -> tuple[bytes, list[Buffer]] | None:
@@ -197,8 +196,6 @@ def _wanted(request: pb.ModelInferRequest, sizes: tuple[int, ...]) -> Wanted:
             }
         )
     document: dict[str, Any] = {"inputs": inputs, "parameters": parameters}
-    if request.id:
-        document["id"] = request.id
     if request.outputs:
         document["outputs"] = [_output_of(each) for each in request.outputs]
     return Wanted(target, orjson.dumps(document), b"".join(tensors), typed, final)

@@ -9,7 +9,7 @@ from lepton_common.errors import Invalid
 from lepton_common.health import Readiness
 from lepton_common.http2 import Stream
 
-from lepton_gateway.rpc import START, Room, Status, Unary, framed
+from lepton_gateway.rpc import START, Room, Share, Status, Unary, framed
 
 _MAX_MESSAGE_BYTES = 4096
 _LOOK_EVERY_S = 0.5
@@ -19,7 +19,7 @@ class Check(Unary):
     """Whether the server, or one of its services, takes calls."""
 
     def __init__(self, stream: Stream, readiness: Readiness, services: Set[str]) -> None:
-        super().__init__(stream, Room(_MAX_MESSAGE_BYTES).of(""))
+        super().__init__(stream, Share(Room(_MAX_MESSAGE_BYTES)))
         self._readiness = readiness
         self._services = services
 

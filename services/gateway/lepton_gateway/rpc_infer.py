@@ -11,7 +11,19 @@ from lepton_common.http11_request import Buffer, Request
 
 from lepton_gateway import inference_pb2 as pb
 from lepton_gateway.answers import Answer, Handle, request
-from lepton_gateway.rpc import PREFIX_BYTES, START, Call, Share, Status, Unary, framed, status_of_http, trailers
+from lepton_gateway.rpc import (
+    PREFIX_BYTES,
+    START,
+    Call,
+    Share,
+    Status,
+    Unary,
+    framed,
+    last_of,
+    size_of,
+    status_of_http,
+    trailers,
+)
 from lepton_gateway.rpc_answers import encode_response, tagged
 from lepton_gateway.rpc_codec import encode_request
 
@@ -54,7 +66,7 @@ def _ask_infer(
     call: Call, handle: Handle, data: bytes | bytearray, then: Callable[[Answer, bool, bool], None]
 ) -> Request:
     """`then` gets the answer, whether it is wanted in typed contents, and whether a final one is to be marked."""
-    wanted, body = encode_request(data)
+    wanted, header_length, body = encode_request(data)
     return ask(
         call,
         handle,
@@ -62,7 +74,7 @@ def _ask_infer(
         wanted.target,
         body,
         lambda answer: then(answer, wanted.typed, wanted.final),
-        len(wanted.head),
+        header_length,
     )
 
 
@@ -107,17 +119,23 @@ class ModelStreamInfer(Call):
         self._handle = handle
         self._buffer = bytearray()
         self._unpaid = 0  # bytes that came and that the peer was not told to send more for
-        self._size: int | None = None  # of the message that comes in, once it is known: so much room it has
+        self._size: int | None = None  # of the message that comes in, once it is known
         self._under_way: deque[_Turn] = deque()
         self._ended = False
         self._started = False
         self._finished = False
 
     def received(self, data: bytes) -> None:
-        if not self._finished:
-            self._buffer += data
-            self._unpaid += len(data)
-            self._take()
+        if self._finished:
+            return
+        try:
+            self.room.take(len(data))
+        except LeptonError as error:
+            self._finish(error)
+            return
+        self._buffer += data
+        self._unpaid += len(data)
+        self._take()
 
     def ended(self) -> None:
         self._ended = True
@@ -132,7 +150,7 @@ class ModelStreamInfer(Call):
         for turn in tuple(self._under_way):
             if turn.request is not None and turn.request.on_disconnect is not None:
                 turn.request.on_disconnect()
-        self.room.give_back(sum(turn.size for turn in self._under_way) + (self._size or 0))
+        self.room.give_back(sum(turn.size for turn in self._under_way) + len(self._buffer))
         self._size = None
         self._under_way.clear()
         self._buffer.clear()
@@ -153,23 +171,24 @@ class ModelStreamInfer(Call):
             self._finish(Invalid("the last message is not whole") if self._buffer else None)
 
     def _take_one(self) -> bool:
-        """Whether there was a whole message. Raises what makes the rest of the stream unreadable."""
-        self.stream.credit(self._unpaid)
-        self._unpaid = 0
+        """Whether there was a whole message. Raises what ends the stream."""
+        if not self._under_way or self.room.fits(self._unpaid):  # Else the answers make room, and lead back to here.
+            self.stream.credit(self._unpaid)
+            self._unpaid = 0
         if self._size is None and len(self._buffer) >= PREFIX_BYTES:
-            size = int.from_bytes(self._buffer[1:PREFIX_BYTES], "big")
-            self.room.take(size)
-            self._size = size
+            self._size = size_of(self._buffer, self.room.most)
         if self._size is None or len(self._buffer) < PREFIX_BYTES + self._size:
             if self._buffer and self.stream.body_deadline == inf:
                 self.stream.await_body()
             return False
         self.stream.body_deadline = inf
-        turn = _Turn(self._size)
-        self._under_way.append(turn)
+        turn = _Turn(PREFIX_BYTES + self._size)
         self._size = None
-        message = self._pop(PREFIX_BYTES + turn.size)
-        turn.size += self.room.more(len(message) - turn.size)
+        self._under_way.append(turn)
+        message = self._pop(turn.size)
+        if (more := len(message) - turn.size) > 0:  # It was compressed.
+            self.room.take(more)
+            turn.size += more
 
         def answered(answer: Answer, typed: bool, final: bool) -> None:
             turn.answer = _stream_response(self, answer, typed=typed, final=final)
@@ -215,7 +234,7 @@ class ModelStreamInfer(Call):
         elif not self._started:
             self.end(Status.OK)
         else:
-            self.stream.end(trailers(Status.OK) if error is None else trailers(Status.INVALID_ARGUMENT, error.message))
+            self.stream.end(trailers(Status.OK) if error is None else last_of(error))
 
 
 class _Turn:

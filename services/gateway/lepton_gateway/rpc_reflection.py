@@ -15,7 +15,7 @@ from lepton_common.errors import Invalid, LeptonError, NotFound, TooLarge
 from lepton_common.http2 import Code, Stream
 
 from lepton_gateway import inference_pb2
-from lepton_gateway.rpc import PREFIX_BYTES, START, Call, Room, Status, framed, trailers
+from lepton_gateway.rpc import PREFIX_BYTES, START, Call, Room, Share, Status, framed, trailers
 
 SERVICE = "grpc.reflection.v1alpha.ServerReflection"
 
@@ -29,7 +29,7 @@ class Reflection(Call):
     """Questions and answers in turn."""
 
     def __init__(self, stream: Stream) -> None:
-        super().__init__(stream, Room(_MAX_MESSAGE_BYTES).of(""))
+        super().__init__(stream, Share(Room(_MAX_MESSAGE_BYTES)))
         self._buffer = b""
         self._started = False
         self._finished = False

@@ -241,3 +241,29 @@ def test_every_place_is_given_back(steps: list[tuple[str, bool]]) -> None:
     pool = door.admission.pools["cpu"]
     assert pool.queue.size == pool.places.in_flight == pool.background.in_flight == 0
     assert door.use.in_flight == door.lane.places.in_flight == 0
+
+
+def test_there_are_callers_until_a_second_after_the_last_one_asked() -> None:
+    door = Door()
+    door.admission.expire(10.0)
+    door.ask(10.0, background=True)
+    door.admission.expire(10.1)
+    assert not door.admission.has_callers, "nobody waits for what is done in the background"
+    door.ask(10.2)
+    seen = []
+    for now in (10.3, 11.2, 11.4):
+        door.admission.expire(now)
+        seen.append(door.admission.has_callers)
+    assert seen == [True, True, False]
+
+
+@pytest.mark.parametrize("has_callers", [True, False])
+def test_background_work_gives_way_at_a_shorter_wait_where_there_are_callers(has_callers: bool) -> None:
+    door = Door()
+    pool = door.lane.pool
+    door.ask(0.0, background=True)
+    before = pool.background.value
+    # Longer than a fourth of what is unnoticed, shorter than all of it.
+    for step in range(60):
+        door.lane.hear(0.01 * step, Answer(0.005, 0.003, 30.0), has_callers=has_callers)
+    assert (pool.background.value < before) == has_callers

@@ -66,10 +66,13 @@ def test_callers_who_wait_now_and_then_leave_room_for_a_few() -> None:
     assert 3 <= min(sizes[1000:]) < max(sizes) < 10
 
 
-def test_when_the_last_caller_has_left_the_room_is_whole_again() -> None:
+def test_when_the_last_caller_has_left_the_room_is_soon_whole_again() -> None:
     room = Room(100, Clock())
     whole = room.size()
     for _ in range(100):
         room.looked(0.01, beside_callers=True)
     room.looked(0.01, beside_callers=False)
+    assert room.size() == 1, "another caller may come in a second"
+    for _ in range(400):  # 8 s
+        room.looked(0.01, beside_callers=False)
     assert room.size() == whole

@@ -51,8 +51,8 @@ def signature_of(datatype: str, dims: int) -> Signature:
 
 def decoded(message: bytes, signature: Signature) -> oip.InferRequest:
     """What the worker makes of the message, once it came through the gateway."""
-    wanted, body = encode_request(message)
-    return oip.decode_request(body, len(wanted.head), signature)
+    _, header_length, body = encode_request(message)
+    return oip.decode_request(body, header_length, signature)
 
 
 def request_of(datatype: str, array: Array, *, typed: bool) -> pb.ModelInferRequest:
@@ -122,8 +122,19 @@ def test_a_message_of_many_fields_is_for_protobuf_to_read() -> None:
         request.inputs.add(name=f"x{index}", datatype="INT8", shape=[1])
     message = request.SerializeToString()
     assert rpc_codec._split(memoryview(message)) is None
-    wanted, body = encode_request(message)
+    wanted, _, body = encode_request(message)
     assert body == wanted.head + b"\1" * 200
+
+
+def test_messages_that_differ_in_their_ids_and_tensors_only_keep_each_their_own() -> None:
+    found = []
+    for identity, size in (("a", 1), ('"}', 2), ("", 2)):
+        request = pb.ModelInferRequest(model_name="m", id=identity, raw_input_contents=[bytes(size)])
+        request.inputs.add(name="x", datatype="INT8", shape=[-1])
+        _, length, body = encode_request(request.SerializeToString())
+        document = orjson.loads(body[:length])
+        found.append((document.get("id", ""), document["inputs"][0]["parameters"]["binary_data_size"], body[length:]))
+    assert found == [("a", 1, b"\0"), ('"}', 2, b"\0\0"), ("", 2, b"\0\0")]
 
 
 @pytest.mark.parametrize("typed", [False, True])

@@ -6,6 +6,8 @@ import grpc.aio
 import orjson
 import pytest
 from grpc.aio import StreamStreamMultiCallable, UnaryUnaryMultiCallable
+from lepton_common.http2 import literal
+from lepton_common.http2_frames import PREFACE, Flag, Kind, frame, settings_frame
 from lepton_common.http11 import Request
 from lepton_common.records import Scope
 from lepton_gateway import inference_pb2 as pb
@@ -69,10 +71,37 @@ async def test_messages_of_one_tenant_leave_room_for_others_and_are_refused_unti
                 await arrived.acquire()
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await infer(message, metadata=mine)
-        assert refused.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert dict(refused.value.trailing_metadata() or ())["retry-after"] == "1"
         assert "room" in (refused.value.details() or "")
         lab.mesh.handler = echo
         for each in waiting:
             echo(each)
         await asyncio.gather(*calls)
         await infer(message, metadata=mine)
+
+
+async def test_who_only_announces_large_messages_keeps_nobody_out(lab: Lab) -> None:
+    lab.mesh.handler = echo
+    head = [
+        *((b":method", b"POST"), (b":scheme", b"http"), (b":path", INFER.encode()), (b":authority", b"localhost")),
+        *((b"content-type", b"application/grpc"), (b"authorization", b"Bearer " + lab.key.encode())),
+    ]
+    announced = b"\0" + (1_000_000).to_bytes(4, "big")
+    frames = b"".join(
+        frame(Kind.HEADERS, Flag.END_HEADERS, 2 * number + 1, b"".join(literal(*each) for each in head))
+        + frame(Kind.DATA, 0, 2 * number + 1, announced)
+        for number in range(20)
+    )
+    reader, writer = await asyncio.open_connection(*lab.grpc_address)
+    writer.write(PREFACE + settings_frame({}) + frames + frame(Kind.PING, 0, 0, b"are read"))
+    async with lab.patience():
+        await reader.readuntil(b"are read")
+        async with grpc.aio.insecure_channel("{}:{}".format(*lab.grpc_address)) as channel:
+            infer: UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(INFER)
+            await infer(infer_request(LARGE), metadata=(("authorization", f"Bearer {lab.key}"),))
+            live: UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+                "/inference.GRPCInferenceService/ServerLive"
+            )
+            await live(b"")
+    writer.close()
