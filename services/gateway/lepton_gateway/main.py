@@ -52,9 +52,7 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
     workers = Mirror(etcd, WORKERS, WorkerState.model_validate_json)
     routes = Routes(workers.items, windows, settings.cache_bytes)
     serving = Mirror(etcd, SERVING, Serving.model_validate_json, routes.changed)
-    host, _, port = settings.mesh.rpartition(":")
-    upstream = Upstream(host, int(port))
-    shadow_upstream = Upstream(host, int(port), UpstreamLimits(max_connections=MAX_COPIES))
+    upstream, shadow_upstream = upstreams(settings)
     shadows = Shadows(shadow_upstream, random.random)
     reporter = Reporter(windows, Producer(Bootstrap.parse(settings.kafka), "gateway"), settings.gateway_id)
     keys = guard(service, etcd, reporter.tell)
@@ -92,12 +90,22 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
     service.every(SHARE_EVERY_S, quotas.share)
     service.every(SWEEP_EVERY_S, quotas.sweep)
     hear_requests(service, settings, api, callers, keys, admission)
-    service.serve(server)
-    rpc_api = RpcApi(api.handle, callers, service.readiness, settings.max_body_bytes)
-    service.serve(http2.Server(rpc_api.handle), port=settings.grpc_port)
-    admin = Server(metrics_page(telemetry.render_metrics))
-    service.serve(admin, host=settings.admin_host, port=settings.admin_port)
+    listen(service, settings, server, RpcApi(api.handle, callers, service.readiness, settings.max_body_bytes))
     return service
+
+
+def upstreams(settings: Settings) -> tuple[Upstream, Upstream]:
+    """The mesh for requests, and for copies."""
+    host, _, port = settings.mesh.rpartition(":")
+    return Upstream(host, int(port)), Upstream(host, int(port), UpstreamLimits(max_connections=MAX_COPIES))
+
+
+def listen(service: Service, settings: Settings, server: Server, rpc: RpcApi) -> None:
+    """HTTP and gRPC are answered, and apart from them whoever looks at the metrics."""
+    service.serve(server)
+    service.serve(http2.Server(rpc.handle), port=settings.grpc_port)
+    admin = Server(metrics_page(service.telemetry.render_metrics))
+    service.serve(admin, host=settings.admin_host, port=settings.admin_port)
 
 
 def hear_requests(

@@ -1,8 +1,12 @@
 """How many requests over Kafka are worked on at a time."""
 
+import re
+
 from hypothesis import given
 from hypothesis import strategies as st
 from lepton_gateway.async_room import Room
+
+from .lab import Lab
 
 
 class Clock:
@@ -76,3 +80,16 @@ def test_when_the_last_caller_has_left_the_room_is_soon_whole_again() -> None:
     for _ in range(400):  # 8 s
         room.looked(0.01, beside_callers=False)
     assert room.size() == whole
+
+
+async def test_requests_over_kafka_make_room_for_who_calls(lab: Lab) -> None:
+    async def size() -> float:
+        found = re.search(r"^lepton_gateway_async_room (\S+)$", await lab.metrics(), re.MULTILINE)
+        assert found
+        return float(found[1])
+
+    await lab.serve("m", 1)
+    alone = await size()
+    async with lab.patience():
+        while await size() >= alone:
+            await lab.client.post("/v2/models/m/infer", headers={"authorization": f"Bearer {lab.key}"}, content=b"{}")
