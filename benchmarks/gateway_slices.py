@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import uvloop
-from lepton.processes import free_port
+from lepton.ports import free_port
 from lepton_common import envelope
 from lepton_common.etcd import EtcdClient
 from lepton_common.http11 import Request, Server

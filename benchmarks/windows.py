@@ -30,7 +30,8 @@ from pathlib import Path
 
 import psutil
 from lepton.kafka import Kafka, MockKafka, find_kafka
-from lepton.processes import free_port, running
+from lepton.ports import free_port
+from lepton.processes import running
 from lepton.servers import Etcd
 from lepton_common.etcd import EtcdClient
 from lepton_common.http11 import JSON, Request, Server

@@ -13,7 +13,8 @@ import httpx
 import psutil
 from lepton import Client, local
 from lepton.home import Home, Layout
-from lepton.processes import end, free_port, freeze
+from lepton.ports import free_port
+from lepton.processes import end, freeze
 
 _START_S = 90.0
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from lepton.processes import free_port
+from lepton.ports import free_port
 
 from . import onnx_models
 from .command import Lepton

@@ -22,7 +22,7 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from confluent_kafka import Consumer, KafkaException, Producer
-from lepton.processes import free_port
+from lepton.ports import free_port
 
 from .faults import REQUEST, push_versions, wrong
 from .local_platform import Platform, running_platform

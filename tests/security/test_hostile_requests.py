@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import socket
 import tarfile
 import time
@@ -12,9 +13,10 @@ from contextlib import ExitStack
 
 import onnx
 import pytest
+from lepton.processes import http_get
 from onnx import TensorProto, helper
 
-from ..integration.local_platform import Platform
+from ..integration.local_platform import Platform, until
 from ..integration.oip_requests import GOOD, ROW
 from ..integration.raw_http import exchange, post
 from .hostile import INSIDE, assert_tells_nothing, calling
@@ -27,6 +29,13 @@ def ports_of(platform: Platform) -> dict[str, int]:
     """Every port that speaks HTTP for callers or services."""
     ports = platform.layout.ports
     return {name: ports[name] for name in ("front", "mesh", "gateway-admin", *INSIDE)}
+
+
+def free_bytes(metrics_port: int) -> float:
+    """The room that a gateway or worker has left for large bodies."""
+    _, page = http_get(metrics_port, "/metrics")
+    (free,) = re.findall(rb"^lepton_\w+_free_body_bytes (\S+)$", page, re.MULTILINE)
+    return float(free)
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------
@@ -97,19 +106,27 @@ def test_three_megabytes_in_chunks_of_one_byte_are_one_body(platform: Platform, 
         assert process.memory_info().rss - before < 16 * padding, name
 
 
-def test_bodies_that_never_come_keep_nobody_out(platform: Platform, mlp: str) -> None:
-    """Announced are twice as many bytes as the gateway and a worker have room for."""
-    path = f"/v2/models/{mlp}/infer"
-    announced = post(path, bytes(1 << 20), f"Content-Length: {250 << 20}")
+@pytest.mark.parametrize("name", ["front", "gateway", "worker-1"])
+def test_bodies_that_never_come_keep_nobody_out(platform: Platform, mlp: str, name: str) -> None:
+    """Announced are exactly as many bytes as there is room for: if they took any, nothing would be left."""
+    path, port = f"/v2/models/{mlp}/infer", platform.layout.ports[name]
+    metrics_port = platform.layout.ports["worker-1" if name == "worker-1" else "gateway-admin"]
+    room, came = 1 << 30, 1 << 20
+    announced = post(path, bytes(came), f"Content-Length: {room // 4}")
     large = json.dumps(GOOD).encode() + b" " * (8 << 20)
+    until(lambda: free_bytes(metrics_port) == room)
     with ExitStack() as stack:
-        for name in ("front", "gateway", "worker-1"):
-            port = platform.layout.ports[name]
-            for _ in range(8):
-                stack.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(announced)
-            for body in (json.dumps(GOOD).encode(), large):
-                status, answer = exchange(port, post(path, body))
-                assert status == 200, (name, len(body), answer)
+        peers = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(4)]
+        for peer in peers:
+            peer.sendall(announced)
+        until(lambda: free_bytes(metrics_port) == room - 4 * came)
+        for body in (json.dumps(GOOD).encode(), large):
+            status, answer = exchange(port, post(path, body))
+            assert status == 200, (len(body), answer)
+        for peer in peers:
+            peer.setblocking(False)
+            with pytest.raises(BlockingIOError):  # Neither answered nor closed.
+                peer.recv(1)
 
 
 def test_body_for_a_service_ends_at_its_limit(platform: Platform) -> None:

@@ -47,13 +47,16 @@ class ServerLimits:
 
 
 class Server(Listener[Connection]):
-    """Listens on one address and hands every request to `handler`."""
+    """Listens on one address and hands every request to `handler`.
 
-    def __init__(self, handler: Handler, limits: ServerLimits | None = None) -> None:
+    `no_room_headers` are more header lines of the 503 for a body that there is no room for.
+    """
+
+    def __init__(self, handler: Handler, limits: ServerLimits | None = None, no_room_headers: bytes = b"") -> None:
         super().__init__()
         self.handler = handler
         self.limits = limits or ServerLimits()
-        self.room = Room(max(self.limits.max_buffered_bytes, self.limits.max_body_bytes))
+        self.room = Room(max(self.limits.max_buffered_bytes, self.limits.max_body_bytes), no_room_headers)
         # Heads by their bytes: a caller repeats its own. Unique ones (trace ids) only pass through.
         self.heads: dict[bytes, Head] = {}
         self.date = b""

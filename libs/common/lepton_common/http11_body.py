@@ -25,21 +25,24 @@ class Room:
 
     A body takes what came of it, once that is more than SMALL_BYTES, and is refused when it does not fit. So announcing
     a body takes room from nobody, small requests get in however much others send, and the memory is bounded: the room,
-    and SMALL_BYTES for every request beside. Who really sends all that fits keeps other large bodies out until they are
-    answered, or their time is up.
+    and SMALL_BYTES for every request beside. Bodies count as they come: one with a Content-Encoding takes more once the
+    handler decompresses it, which is not counted. Who really sends all that fits keeps other large bodies out until
+    they are answered, or their time is up.
     """
 
-    __slots__ = ("free", "refused")
+    __slots__ = ("_headers", "free", "refused")
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int, headers: bytes = b"") -> None:
+        """`headers` are more lines of the answer to a body that is refused."""
         self.free = size_bytes
         self.refused = 0
+        self._headers = _RETRY_AFTER + headers
 
     def check(self, size: int) -> None:
         """Raises Refused when there is no room for so many bytes now. None of it is taken."""
         if size > self.free:
             self.refused += 1
-            raise Refused(503, f"body: {size} bytes, more than there is room for now", _RETRY_AFTER)
+            raise Refused(503, f"body: {size} bytes, more than there is room for now", self._headers)
 
     def take(self, size: int) -> None:
         """So much less is free. Raises Refused, as `check`."""

@@ -82,8 +82,10 @@ async def connected(server: Server) -> AsyncIterator[Peer]:
 
 
 @asynccontextmanager
-async def serving(handler: Handler, limits: ServerLimits | None = None) -> AsyncIterator[Server]:
-    server = Server(handler, limits)
+async def serving(
+    handler: Handler, limits: ServerLimits | None = None, no_room_headers: bytes = b""
+) -> AsyncIterator[Server]:
+    server = Server(handler, limits, no_room_headers)
     await server.start("127.0.0.1")
     try:
         yield server

@@ -7,7 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 import structlog
-from lepton.processes import Process, free_port, running
+from lepton.ports import free_port
+from lepton.processes import Process, running
 from lepton.servers import Etcd
 from lepton_common.errors import Conflict, Invalid, TooLarge, Unavailable
 from lepton_common.etcd import MAX_VALUE_BYTES, EtcdClient, Position

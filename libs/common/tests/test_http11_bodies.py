@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lepton_common.http11 import Request, Server, ServerLimits
 from lepton_common.http11_body import SMALL_BYTES
 from lepton_common.http11_connection import Connection
+from lepton_common.testing import until
 
 from .http11_peers import CHUNKED, GET, POST, Held, MemoryTransport, chunk, connected, post, serving
 
@@ -41,6 +42,20 @@ async def test_a_body_without_room_is_503_until_those_before_it_are_answered(pie
         await first.answer()
         first.send(post(bytes(300_000)))
         assert len((await held.arrived.get()).body) == 300_000
+
+
+async def test_a_body_without_room_is_refused_with_the_headers_of_who_runs_the_server() -> None:
+    held = Held()
+    async with (
+        serving(held, LIMITS, b"x-full: yes\r\n") as server,
+        connected(server) as first,
+        connected(server) as peer,
+    ):
+        first.send(post(bytes(800_000)))
+        await held.arrived.get()
+        peer.send(post(bytes(300_000)))
+        answer = await peer.answer()
+        assert (answer.status, answer.headers["x-full"], answer.headers["retry-after"]) == (503, "yes", "1")
 
 
 async def test_bodies_that_are_announced_take_no_room_from_others() -> None:
@@ -128,6 +143,7 @@ async def test_nothing_is_kept_of_a_peer_that_leaves_in_the_middle_of_a_body(len
             peer.send(POST, b"Expect: 100-continue\r\n", length, b"\r\n\r\n")
             assert (await peer.answer()).status == 100
             peer.send(chunk(bytes(800_000)))
+            await until(lambda: server.room.free <= ROOM - 800_000)
             if half:
                 peer.writer.write_eof()
         await server.drain(10)  # Returns once the peer's connection is gone.

@@ -1,7 +1,7 @@
 """An intake works on many records at once, and passes over none."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -209,3 +209,28 @@ async def test_records_of_many_are_stored_together_and_a_failure_is_told_to_each
     assert [type(each) for each in failed] == [Unavailable] * 2
     await sender.send(record(9))
     assert producer.batches == [3, 2, 1]
+
+
+async def test_what_comes_while_a_batch_is_on_its_way_is_the_next_batch() -> None:
+    class Slow(Producer):
+        def __init__(self) -> None:
+            super().__init__(Bootstrap.parse("127.0.0.1:1"), "test")
+            self.batches: list[Sequence[Record]] = []
+            self.began, self.go_on = asyncio.Event(), asyncio.Event()
+
+        async def send(self, records: Sequence[Record]) -> None:
+            self.batches.append(records)
+            self.began.set()
+            await self.go_on.wait()
+
+    producer = Slow()
+    sender = Sender(producer)
+    async with asyncio.TaskGroup() as senders:
+        senders.create_task(sender.send(record(0)))
+        await producer.began.wait()
+        others = [senders.create_task(sender.send(record(each))) for each in (1, 2, 3)]
+        await asyncio.sleep(0)  # They have begun.
+        assert len(producer.batches) == 1
+        assert not any(each.done() for each in others)
+        producer.go_on.set()
+    assert producer.batches == [[record(0)], [record(1), record(2), record(3)]]

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from lepton.processes import free_port
+from lepton.ports import free_port
 from lepton_common import service as service_module
 from lepton_common.errors import Unavailable
 from lepton_common.events import ModelCreated

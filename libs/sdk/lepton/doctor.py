@@ -16,7 +16,7 @@ from lepton.home import Home
 from lepton.kafka import find_java, kafka_libs_folders
 from lepton.kafka_jars import KAFKA_VERSION
 from lepton.parts import FRONT_PORT
-from lepton.processes import is_free
+from lepton.ports import is_free
 
 _DISK_BYTES = 2_000_000_000
 _MEMORY_BYTES = 1_500_000_000

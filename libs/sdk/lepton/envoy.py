@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lepton.processes import StartFailed, free_port, http_get
+from lepton.ports import free_port
+from lepton.processes import StartFailed, http_get
 
 _TYPES = "type.googleapis.com/"
 _MONITORS = f"{_TYPES}envoy.extensions.resource_monitors"

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from lepton.processes import StartFailed, free_port
+from lepton.ports import free_port
+from lepton.processes import StartFailed
 
 _JAVA_OPTIONS = ["-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
 _OLDEST_JAVA = 17

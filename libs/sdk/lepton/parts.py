@@ -12,7 +12,8 @@ from types import MappingProxyType
 from lepton.envoy import Envoy
 from lepton.home import Home, Layout
 from lepton.kafka import Kafka, MockKafka, find_kafka
-from lepton.processes import Recipe, free_ports, http_get, is_free
+from lepton.ports import free_ports, is_free
+from lepton.processes import Recipe, http_get
 from lepton.servers import Etcd, Postgres
 
 FRONT_PORT = 8080

@@ -3,27 +3,16 @@
 import contextlib
 import http.client
 import os
-import random
 import select
 import signal
-import socket
 import subprocess
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import psutil
-
-# Below the range the kernel picks outgoing ports from, so that a client cannot take a stopped server's port.
-_PORTS = range(20_000, 32_000)
-# Descriptors of sockets bound to ports where somebody is about to listen. Module state on purpose: ports are the whole
-# process's, and the kernel takes them back when it ends, however it ends.
-_promises: deque[int] = deque()
-_MOST_PROMISES = 100
-
 
 # Every process says in its environment which part it is, so that it is found even when the record of its pid is lost.
 _MARK = "LEPTON_PART"
@@ -242,50 +231,6 @@ def running(recipe: Recipe, timeout_s: float = 30.0) -> Iterator[Process]:
         yield process
     finally:
         process.stop()
-
-
-def free_ports(count: int) -> list[int]:
-    """`count` TCP ports on loopback on which nothing listens, and that nobody else on this machine finds free before
-    this process has ended, or has asked for a hundred others."""
-    found: list[int] = []
-    while len(found) < count:
-        port = random.choice(_PORTS)  # noqa: S311 - spreads, guards nothing
-        if _promise(port):
-            found.append(port)
-    return found
-
-
-def _promise(port: int) -> bool:
-    """The port is kept for who is about to listen there; False when it is in use or kept already.
-
-    A socket that is bound and does not listen keeps away every other one without SO_REUSEADDR, as these are when they
-    are bound, and lets in servers, which set it.
-    """
-    with socket.socket() as promise:
-        try:
-            promise.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        promise.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        _promises.append(promise.detach())
-    if len(_promises) > _MOST_PROMISES:
-        os.close(_promises.popleft())
-    return True
-
-
-def free_port() -> int:
-    return free_ports(1)[0]
-
-
-def is_free(port: int) -> bool:
-    """True when a server could listen on the loopback port now."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
 
 
 def http_get(port: int, path: str, timeout_s: float = 1.0) -> tuple[int, bytes]:

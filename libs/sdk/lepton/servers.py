@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from lepton.processes import StartFailed, free_port, http_get
+from lepton.ports import free_port
+from lepton.processes import StartFailed, http_get
 
 
 @dataclass(frozen=True, slots=True)

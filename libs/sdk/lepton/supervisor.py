@@ -18,7 +18,8 @@ from pathlib import Path
 from lepton.errors import Conflict
 from lepton.home import Home, PartState, State
 from lepton.parts import choose_ports, make_parts
-from lepton.processes import Identity, Process, Recipe, end, is_free, tail
+from lepton.ports import is_free
+from lepton.processes import Identity, Process, Recipe, end, tail
 
 _STOP_TIMEOUT_S = 20.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0

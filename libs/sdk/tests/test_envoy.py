@@ -7,7 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 from lepton.envoy import Envoy
-from lepton.processes import Process, free_port, running
+from lepton.ports import free_port
+from lepton.processes import Process, running
 
 
 class Echo(ThreadingHTTPServer):

@@ -16,7 +16,7 @@ import pytest
 from lepton.errors import Conflict, Unavailable
 from lepton.home import Home, Layout, PartState, State
 from lepton.local import follow
-from lepton.processes import free_port
+from lepton.ports import free_port
 from lepton.supervisor import stop_leftovers
 
 pytestmark = pytest.mark.timeout(240)

@@ -6,7 +6,7 @@ from lepton import parts
 from lepton.cli import app
 from lepton.home import Home
 from lepton.parts import Service, choose_ports, make_parts
-from lepton.processes import free_port
+from lepton.ports import free_port
 from typer.testing import CliRunner
 
 

@@ -1,6 +1,5 @@
 import contextlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from lepton.processes import Identity, Process, StartFailed, free_ports, is_free, marked, running, tail
+from lepton.processes import Identity, Process, StartFailed, marked, running, tail
 from lepton.servers import Etcd
 
 
@@ -146,23 +145,6 @@ def test_running_stops_its_process_when_the_block_fails(tmp_path: Path) -> None:
     with pytest.raises(KeyError), running(Script(tmp_path, SLEEPS)) as process:
         raise KeyError
     assert not process.alive()
-
-
-def test_free_ports_are_distinct_and_not_in_use() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        assert not is_free(server.getsockname()[1])
-    ports = free_ports(50)
-    assert len(set(ports)) == 50
-    assert all(map(is_free, ports))
-    assert not {*ports} & {*free_ports(50)}
-
-
-def test_a_free_port_is_kept_from_who_looks_for_one_and_open_to_the_server() -> None:
-    (port,) = free_ports(1)
-    with socket.socket() as another, pytest.raises(OSError, match="in use"):
-        another.bind(("127.0.0.1", port))
-    with socket.create_server(("127.0.0.1", port)), socket.create_connection(("127.0.0.1", port)):
-        assert not is_free(port)
 
 
 def test_tail_of_a_missing_log_is_empty_and_of_a_long_one_its_end(tmp_path: Path) -> None:

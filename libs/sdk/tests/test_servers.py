@@ -9,7 +9,8 @@ import httpx
 import pytest
 from aetcd import rpc
 from lepton.kafka import MockKafka
-from lepton.processes import Process, StartFailed, free_port, running
+from lepton.ports import free_port
+from lepton.processes import Process, StartFailed, running
 from lepton.servers import Etcd, Postgres, kept_secret
 
 

@@ -16,6 +16,7 @@ import structlog
 from lepton_common.errors import Conflict, Unavailable
 from lepton_common.etcd import EtcdClient
 from lepton_common.records import QUOTAS, QuotaUse
+from pydantic import ValidationError
 
 from lepton_gateway.admission import Admission
 from lepton_gateway.limits import DayUse
@@ -69,7 +70,12 @@ class Quotas:
         yesterday = self._admission.today() - 1
         found, _ = await self._etcd.list(QUOTAS)
         for each in found:
-            if QuotaUse.model_validate_json(each.value).day < yesterday:
+            try:
+                day = QuotaUse.model_validate_json(each.value).day
+            except ValidationError:
+                _log.warning("a record in etcd cannot be read", key=each.key)
+                continue
+            if day < yesterday:
                 with suppress(Conflict):  # It has a new day, or another gateway was faster.
                     await self._etcd.delete_if_unchanged(each)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import orjson
-from lepton.processes import free_port
+from lepton.ports import free_port
 from lepton_common.auth import new_secret
 from lepton_common.etcd import EtcdClient
 from lepton_common.events import InferenceWindow

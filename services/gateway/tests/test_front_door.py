@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 import pytest
+import structlog
 from lepton_common.auth import Caller
 from lepton_common.errors import LeptonError
 from lepton_common.etcd import EtcdClient, Versioned
@@ -173,6 +174,19 @@ async def test_counts_of_days_that_are_over_leave_etcd_whatever_became_of_their_
         clock_s[0] = (20_000.5 + days_later) * SECONDS_A_DAY
         await gateway.quotas.sweep()
         assert (await etcd.get(QUOTAS + "key-1") is not None) is is_there
+
+
+async def test_a_count_that_cannot_be_read_keeps_no_other_in_etcd(etcd: EtcdClient) -> None:
+    clock_s = [20_000.5 * SECONDS_A_DAY]
+    gateway = Gateway(etcd, clock_s)
+    gateway.ask(3)
+    await gateway.quotas.share()
+    await etcd.put(QUOTAS + "a-key", b"not JSON")  # Listed before the other.
+    clock_s[0] += 2 * SECONDS_A_DAY
+    with structlog.testing.capture_logs() as lines:
+        await gateway.quotas.sweep()
+    assert await etcd.get(QUOTAS + "key-1") is None
+    assert [(each["log_level"], each["key"]) for each in lines] == [("warning", QUOTAS + "a-key")]
 
 
 async def test_a_key_that_is_used_again_while_its_old_count_is_swept_keeps_the_new_one(

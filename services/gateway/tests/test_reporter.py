@@ -14,7 +14,8 @@ import httpx
 import psutil
 from aiokafka import AIOKafkaConsumer
 from lepton.kafka import Kafka, KafkaRuntime
-from lepton.processes import free_port, freeze
+from lepton.ports import free_port
+from lepton.processes import freeze
 from lepton.servers import Etcd
 from lepton_common import envelope
 from lepton_common.etcd import EtcdClient

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import httpx
 import pytest
-from lepton.processes import free_port
+from lepton.ports import free_port
 from lepton.servers import Etcd
 from lepton_common.auth import new_secret
 from lepton_common.bus import Bus

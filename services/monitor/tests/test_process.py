@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from lepton.processes import free_port
+from lepton.ports import free_port
 from lepton_common import envelope
 from lepton_common.events import InferenceWindow, WindowClosed
 from lepton_common.kafka import KafkaBus

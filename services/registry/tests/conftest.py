@@ -10,7 +10,7 @@ from uuid import uuid4
 import httpx
 import onnx
 import pytest
-from lepton.processes import free_port
+from lepton.ports import free_port
 from lepton.servers import Etcd
 from lepton_common.auth import digest, new_secret
 from lepton_common.bus import Bus, E

@@ -104,7 +104,8 @@ class Commands:
         return await self._record(model, lambda serving: caching(serving, cache))
 
     async def limit(self, model: ModelRef, limits: Limits) -> Serving:
-        """The model has these limits, in the mesh too, where its timeout is. Raises NotFound and Invalid."""
+        """The model has these limits, in the mesh too, where its timeout is. Raises NotFound and Invalid, and as
+        Mesh.apply: then the record is written already, the gateways obey it, and `reapply` catches up."""
         return await self._settle(model, lambda serving: limited(serving, limits))
 
     async def _warm(self, model: ModelRef, assigned: Assigned) -> Serving:

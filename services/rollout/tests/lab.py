@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import httpx
-from lepton.processes import free_port
+from lepton.ports import free_port
 from lepton_common.auth import new_secret
 from lepton_common.db import Database
 from lepton_common.etcd import EtcdClient

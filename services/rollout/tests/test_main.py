@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import httpx
 import pytest
-from lepton.processes import free_port
+from lepton.ports import free_port
 from lepton_common import envelope
 from lepton_common.events import VersionRegistered
 from lepton_common.kafka import KafkaBus

@@ -21,6 +21,9 @@ from lepton_worker.domain import ModelFailed, NotLoaded, Target, Verb, target_of
 from lepton_worker.lane import Lane
 from lepton_worker.timing import Timing
 
+# The mesh tries what failed on another worker. Without this that would only carry an overload from one to the next.
+OVERLOADED = b"x-envoy-ratelimited: true\r\n"
+
 _BINARY = b"content-type: application/octet-stream\r\n"
 _METRICS = b"content-type: %b\r\n" % METRICS_CONTENT_TYPE.encode()
 _MAX_TIMEOUT_S = 3600.0
@@ -217,8 +220,7 @@ def _refuse(request: Request, error: Exception, headers: bytes) -> None:
     elif isinstance(error, NotLoaded):
         headers += b"x-lepton-reason: not-loaded\r\n"
     elif isinstance(error, Overloaded):
-        # The mesh tries what failed on another worker. That would only carry an overload from one to the next.
-        headers += b"x-envoy-ratelimited: true\r\n"
+        headers += OVERLOADED
     if error.retry_after_s is not None:
         headers += b"retry-after: %d\r\n" % math.ceil(error.retry_after_s)
     request.respond(status, http11.JSON + headers, http11.error_body(error.message))

@@ -19,7 +19,7 @@ from lepton_common.service import Service, run
 from lepton_common.telemetry import Telemetry, configure
 
 from lepton_worker import engine
-from lepton_worker.api import Api
+from lepton_worker.api import OVERLOADED, Api
 from lepton_worker.assignments import Assignments, Resources
 from lepton_worker.cache import Cache
 from lepton_worker.metrics import Metrics
@@ -73,7 +73,8 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient) -> Service
     tracer = telemetry.tracer if settings.otlp else None
     api = Api(assignments, service.readiness, telemetry.render_metrics, device, settings.max_body_bytes, tracer)
     limits = ServerLimits(max_body_bytes=settings.max_body_bytes, max_buffered_bytes=settings.max_buffered_bytes)
-    front = Front(Server(api.handle, limits))
+    server = Server(api.handle, limits, no_room_headers=OVERLOADED)
+    front = Front(server)
 
     def state() -> WorkerState:
         host, port = front.address
@@ -99,7 +100,9 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient) -> Service
         await front.listening.wait()
         await presence.run()
 
-    telemetry.registry.register(Metrics(assignments.lanes, assignments.views, lambda: mirror.stale_s(time.monotonic())))
+    telemetry.registry.register(
+        Metrics(assignments.lanes, assignments.views, server.room, lambda: mirror.stale_s(time.monotonic()))
+    )
     service.on_close(etcd.close)
     service.background(etcd.check_version)
     service.background(mirror.run)

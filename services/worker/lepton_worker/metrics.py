@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+from lepton_common.http11_body import Room
 from lepton_common.records import Loaded
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -16,10 +17,12 @@ class Metrics(Collector):
         self,
         lanes: Callable[[], Iterable[Lane]],
         views: Callable[[], Iterable[Loaded]],
+        room: Room,
         etcd_stale_s: Callable[[], float],
     ) -> None:
         self._lanes = lanes
         self._views = views
+        self._room = room
         self._etcd_stale_s = etcd_stale_s
 
     def collect(self) -> Iterable[Metric]:
@@ -49,4 +52,10 @@ class Metrics(Collector):
         stale = GaugeMetricFamily(
             "lepton_worker_etcd_stale_seconds", "Time since etcd was last heard.", value=self._etcd_stale_s()
         )
-        return (requests, rows, runs, isolated, queue, run, queued, versions, stale)
+        refused = CounterMetricFamily(
+            "lepton_worker_refused_bodies", "Bodies cut off for want of room.", value=self._room.refused
+        )
+        free = GaugeMetricFamily(
+            "lepton_worker_free_body_bytes", "Memory that is left for large bodies.", value=self._room.free
+        )
+        return (requests, rows, runs, isolated, queue, run, queued, versions, stale, refused, free)

@@ -4,13 +4,14 @@ import hashlib
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
 import pytest
-from lepton.processes import free_port, http_get
+from lepton.ports import free_port
+from lepton.processes import http_get
 from lepton_common.blobs import Blobs
 from lepton_common.etcd import EtcdClient
 from lepton_common.records import Assigned, Serving, Share
@@ -48,6 +49,7 @@ class WorkerRecipe:
     folder: Path
     etcd: str
     port: int = field(default_factory=free_port)
+    settings: Mapping[str, int] = field(default_factory=dict)
     name: str = "worker"
     stop_signal: signal.Signals = signal.SIGTERM
 
@@ -72,6 +74,7 @@ class WorkerRecipe:
             "CACHE": self.folder / "cache",
             "WORKER_ID": "w1",
             "DRAIN_S": 1,
+            **self.settings,
         }
         return {f"LEPTON_{key}": str(value) for key, value in settings.items()}
 

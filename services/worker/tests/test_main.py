@@ -1,9 +1,11 @@
 """A worker process and etcd: announced under a lease, serving on while etcd is away, drained on SIGTERM."""
 
 import asyncio
+import http.client
 import json
 import shutil
 import signal
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from lepton.servers import Etcd
 from lepton_common.etcd import EtcdClient
 from lepton_common.mirror import Mirror
 from lepton_common.records import WORKERS, LoadState, WorkerState
+from lepton_common.testing import until
 
 from .conftest import DOUBLE, WorkerRecipe, onnx_bytes, serve
 
@@ -93,3 +96,28 @@ async def test_a_worker_serves_on_while_etcd_is_away_and_announces_itself_to_one
                     await serve(client, recipe, "double", onnx_bytes(DOUBLE))
                     await watched.until_gone()
                     await watched.until_ready()
+
+
+async def test_a_body_without_room_is_an_overload_that_the_mesh_tries_on_no_other_worker(
+    etcd_server: Etcd, etcd: EtcdClient, tmp_path: Path
+) -> None:
+    settings = {"MAX_BODY_BYTES": 1_000_000, "MAX_BUFFERED_BYTES": 1_000_000}
+    recipe = WorkerRecipe(tmp_path, etcd_server.address, settings=settings)
+    await serve(etcd, recipe, "double", onnx_bytes(DOUBLE))
+
+    def told(line: bytes) -> bool:
+        return b"\n%b\n" % line in http_get(recipe.port, "/metrics")[1]
+
+    with running(recipe), socket.create_connection(("127.0.0.1", recipe.port)) as greedy:
+        greedy.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000\r\n\r\n" + bytes(800_000))
+        await until(lambda: told(b"lepton_worker_free_body_bytes 200000.0"))
+        caller = http.client.HTTPConnection("127.0.0.1", recipe.port, timeout=30)
+        caller.request("POST", "/v2/models/double/infer", bytes(300_000))
+        answer = caller.getresponse()
+        assert (answer.status, answer.headers["x-envoy-ratelimited"], answer.headers["retry-after"]) == (
+            503,
+            "true",
+            "1",
+        )
+        caller.close()
+        assert told(b"lepton_worker_refused_bodies_total 1.0")
