@@ -15,14 +15,27 @@ import email.utils
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lepton_common.http11_body import SMALL_BYTES, Room
+from lepton_common.http11_body import SMALL_BYTES, Refused, Room
 from lepton_common.http11_connection import Connection
 from lepton_common.http11_request import JSON, Buffer, Head, Request, error_body, header_block
 from lepton_common.listener import Listener
 
-__all__ = ["JSON", "Buffer", "Handler", "Request", "Server", "ServerLimits", "error_body", "header_block"]
+__all__ = [
+    "JSON",
+    "Buffer",
+    "Handler",
+    "Head",
+    "Refused",
+    "Request",
+    "Screen",
+    "Server",
+    "ServerLimits",
+    "error_body",
+    "header_block",
+]
 
 Handler = Callable[[Request], None]
+Screen = Callable[[Head, str], None]
 
 _MAX_HEADS = 1024
 
@@ -49,12 +62,21 @@ class ServerLimits:
 class Server(Listener[Connection]):
     """Listens on one address and hands every request to `handler`.
 
-    `no_room_headers` are more header lines of the 503 for a body that there is no room for.
+    `no_room_headers` are more header lines of the 503 for a body that there is no room for. `screen` is asked before
+    memory is spent on a body of more than 64 KiB, with the request's head and peer: it raises `Refused` for one that
+    nobody would take.
     """
 
-    def __init__(self, handler: Handler, limits: ServerLimits | None = None, no_room_headers: bytes = b"") -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        limits: ServerLimits | None = None,
+        no_room_headers: bytes = b"",
+        screen: Screen | None = None,
+    ) -> None:
         super().__init__()
         self.handler = handler
+        self.screen = screen
         self.limits = limits or ServerLimits()
         self.room = Room(max(self.limits.max_buffered_bytes, self.limits.max_body_bytes), no_room_headers)
         # Heads by their bytes: a caller repeats its own. Unique ones (trace ids) only pass through.

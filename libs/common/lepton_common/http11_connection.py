@@ -201,10 +201,6 @@ class Connection(asyncio.Protocol):
                 raise Refused(400, "header transfer-encoding: only chunked is understood, and in HTTP/1.1 only")
         if length > limits.max_body_bytes:
             raise Refused(413, f"body: {length} bytes, at most {limits.max_body_bytes} are taken")
-        if length > SMALL_BYTES:
-            self._server.room.check(length)
-        if version == "1.1" and b"expect" in headers:
-            self._expected(headers[b"expect"])
         self._head = Head(
             self._parser.get_method().decode("ascii"),
             self._target,
@@ -213,9 +209,18 @@ class Connection(asyncio.Protocol):
             keep_alive=self._parser.should_keep_alive(),
             old=version == "1.0",
         )
+        if length > SMALL_BYTES:
+            self._screen(self._head)
+            self._server.room.check(length)
+        if version == "1.1" and b"expect" in headers:
+            self._expected(headers[b"expect"])
         self._phase = _BODY
         self._progress = True
         self.deadline = self._server.now + limits.body_timeout_s
+
+    def _screen(self, head: Head) -> None:
+        if self._server.screen is not None:
+            self._server.screen(head, self.peer)
 
     def _expected(self, expectation: bytes) -> None:
         if expectation.lower() != b"100-continue":
@@ -228,6 +233,9 @@ class Connection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         if self._body.size + len(body) > self._server.limits.max_body_bytes:
             raise Refused(413, f"body: more than the {self._server.limits.max_body_bytes} bytes that are taken")
+        assert self._head is not None
+        if self._head.length < 0 and self._body.size <= SMALL_BYTES < self._body.size + len(body):
+            self._screen(self._head)
         self._body.add(body)
         self._progress = True
 

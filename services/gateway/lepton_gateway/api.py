@@ -11,9 +11,9 @@ import orjson
 import structlog
 from lepton_common import oip
 from lepton_common.auth import NO_LIMITS, Caller, forbidden
-from lepton_common.errors import Denied, Invalid, LeptonError, NotFound, Unavailable, Unsupported, status_of
+from lepton_common.errors import Denied, Forbidden, Invalid, LeptonError, NotFound, Unavailable, Unsupported, status_of
 from lepton_common.health import Readiness
-from lepton_common.http11 import JSON, Request, error_body
+from lepton_common.http11 import JSON, Head, Refused, Request, error_body
 from lepton_common.records import Scope
 from lepton_common.signature import Signature
 from lepton_common.types import checked_name
@@ -41,6 +41,7 @@ _VERSION = version("lepton-gateway")
 _MAX_TARGETS, _MAX_TARGET_BYTES = 4096, 1024
 # What is answered before etcd's tables are read, and how long everything else waits for them.
 _AT_ONCE = frozenset({Page.SERVER, Page.LIVE, Page.READY, Page.PROCESS_LIVE, Page.PROCESS_READY})
+_CHALLENGE = b"www-authenticate: Bearer\r\n"
 _START_PATIENCE_S, _START_GRAIN_S = 5.0, 0.05
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -105,6 +106,20 @@ class Api:
                 self._when_started(request)
         except LeptonError as error:
             self._refuse(request, error)
+
+    def screen(self, head: Head, peer: str) -> None:
+        """See `http11.Server`: only who has a key, or needs none, may send what is large."""
+        headers = head.headers
+        try:
+            self._callers.check_head(headers, headers.get(b"host", b""), peer, Scope.INFER)
+        except Denied as error:
+            # Who has a key hears what it is not good for when all is there.
+            if not (isinstance(error, Forbidden) and error.key_id):
+                self._callers.refused(headers, peer, error, f"{head.method} with a large body")
+                status = status_of(error)
+                raise Refused(status, error.message, _CHALLENGE if status == 401 else b"") from None
+        except Unavailable:
+            pass  # The table of keys is not read yet: the request itself waits for it.
 
     def _when_started(self, request: Request, patience_s: float = _START_PATIENCE_S) -> None:
         """Callers of a gateway that was just restarted wait for its tables rather than fail."""
@@ -288,7 +303,7 @@ class Api:
             status = 405
             headers += b"allow: %b\r\n" % ", ".join(error.allowed).encode()
         elif status == 401:
-            headers += b"www-authenticate: Bearer\r\n"
+            headers += _CHALLENGE
         elif status in (429, 503, 504):
             headers += b"retry-after: %d\r\n" % math.ceil(error.retry_after_s or 1)
         if isinstance(error, Denied):

@@ -67,7 +67,7 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
     repository = Repository(http, settings.rollout_url, routes)
     api = Api(routes, callers, proxy, repository, service.readiness)
     limits = ServerLimits(max_body_bytes=settings.max_body_bytes, max_buffered_bytes=settings.max_buffered_bytes)
-    server = Server(api.handle, limits)
+    server = Server(api.handle, limits, screen=api.screen)
     mirrors = (keys.mirror, serving, workers)
 
     def etcd_stale_s() -> float:

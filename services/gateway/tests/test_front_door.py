@@ -12,12 +12,13 @@ from lepton_common.errors import LeptonError
 from lepton_common.etcd import EtcdClient, Versioned
 from lepton_common.http11 import JSON, Request
 from lepton_common.records import QUOTAS, KeyLimits, Limits, QuotaUse, Scope
+from lepton_common.telemetry import Telemetry
 from lepton_gateway.admission import Admission
 from lepton_gateway.lanes import Lane, Ticket
 from lepton_gateway.limits import SECONDS_A_DAY, Use
 from lepton_gateway.quotas import Quotas
 
-from .lab import Lab, counted, error_of
+from .lab import Lab, counted, error_of, running
 
 INFER = "/v2/models/m/infer"
 OK = b'{"model_name":"m","outputs":[]}'
@@ -75,6 +76,33 @@ async def test_large_bodies_have_room_together_and_small_ones_always(lab: Lab) -
         answering(each)
     assert [(await each).status_code for each in waiting] == [200, 200]
     assert (await lab.client.post(INFER, content=bytes(600_000))).status_code == 200
+
+
+async def test_who_has_no_key_is_refused_before_a_large_body_is_taken(etcd: EtcdClient, telemetry: Telemetry) -> None:
+    async with running(etcd, telemetry, keyless=False) as lab:
+        key, reader = lab.key, await lab.new_key(Scope.READ)
+        await lab.until("/v2/models/nobody/ready", 404, key=reader)
+        announced = "content-length: 300000\r\n"
+        assert await _first_line(lab, announced) == b"HTTP/1.1 401 Unauthorized"
+        assert (
+            await _first_line(lab, f"{announced}authorization: Bearer lp_{'x' * 43}\r\n")
+            == b"HTTP/1.1 401 Unauthorized"
+        )
+        chunk = b"11000\r\n" + bytes(0x11000)  # and more to come
+        assert await _first_line(lab, "transfer-encoding: chunked\r\n", chunk) == b"HTTP/1.1 401 Unauthorized"
+        for known in (key, reader):
+            expecting = f"{announced}authorization: Bearer {known}\r\nexpect: 100-continue\r\n"
+            assert await _first_line(lab, expecting) == b"HTTP/1.1 100 Continue"
+
+
+async def _first_line(lab: Lab, headers: str, body: bytes = b"") -> bytes:
+    """Of what is answered to a request that is not whole yet."""
+    reader, writer = await asyncio.open_connection(*lab.address)
+    writer.write(f"POST {INFER} HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n".encode() + body)
+    async with lab.patience():
+        line = await reader.readline()
+    writer.transport.abort()
+    return line.strip()
 
 
 async def test_a_model_has_a_rate_of_its_own(lab: Lab) -> None:
