@@ -28,7 +28,7 @@ from benchmarks import models, report
 from benchmarks.lepton_platform import MODEL, Platform, running
 
 # Large enough for the worker to be what is short, not the gateway or the generator.
-SIZES = (256, 2048, 2048, 2048, 64)
+SIZES = (256, 4096, 4096, 4096, 64)
 ROWS = 4
 CALLERS = 32
 WARM_UP_S = 5.0

@@ -2,8 +2,9 @@
 
     python -m benchmarks.serving_grpc [--rounds N] [--seconds S]
 
-Medians of rounds in which every candidate is measured once, one after the other. HTTP carries 64 floats as JSON, gRPC
-as a raw tensor, which is how their clients send them. The load generators (wrk, h2load) run on the same machine.
+Medians of rounds in which every candidate is measured once, one after the other, with a row of 64 floats, then 1,024. HTTP
+carries them as JSON, gRPC as a raw tensor, which is how their clients send them. The load generators (wrk, h2load) run on
+the same machine.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from tritonclient.grpc import service_pb2
 from benchmarks import load, models, peers, report
 from benchmarks.lepton_platform import MODEL, running
 from benchmarks.serving import CONNECTIONS, SMALL
+
+WIDE = (1024, 128, 128, 10)
 
 console = Console(width=140, highlight=False)
 
@@ -53,11 +56,11 @@ class Candidate:
         return sum(sum(each.cpu_times()[:2]) for each in self.processes)
 
 
-def message() -> bytes:
+def message(width: int) -> bytes:
     """A ModelInferRequest with one row."""
     request = service_pb2.ModelInferRequest(model_name=MODEL)
-    request.inputs.add(name="x", datatype="FP32", shape=[1, SMALL[0]])
-    request.raw_input_contents.append(np.random.default_rng(0).random(SMALL[0], np.float32).tobytes())
+    request.inputs.add(name="x", datatype="FP32", shape=[1, width])
+    request.raw_input_contents.append(np.random.default_rng(0).random(width, np.float32).tobytes())
     return bytes(request.SerializeToString())
 
 
@@ -66,13 +69,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5, help="of each measurement")
     options = parser.parse_args()
-    tensor = {"name": "x", "shape": [1, SMALL[0]], "datatype": "FP32", "data": [0.123456] * SMALL[0]}
-    body, request = json.dumps({"inputs": [tensor]}).encode(), message()
+    console.print(report.machine())
+    for sizes in (SMALL, WIDE):
+        show(f"{sizes[0]:,} floats", measured(sizes, options.rounds, options.seconds))
+
+
+def measured(sizes: tuple[int, ...], rounds: int, seconds: float) -> list[Candidate]:
+    tensor = {"name": "x", "shape": [1, sizes[0]], "datatype": "FP32", "data": [0.123456] * sizes[0]}
+    body, request = json.dumps({"inputs": [tensor]}).encode(), message(sizes[0])
     http = partial(load.run, body=body, connections=CONNECTIONS)
     grpc = partial(load.run_grpc, message=request, connections=CONNECTIONS)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = models.mlp(folder / "small.onnx", SMALL)
+        model = models.mlp(folder / "model.onnx", sizes)
         mlserver = peers.mlserver(model, folder)
         mlserver.pause()
         try:
@@ -85,19 +94,19 @@ def main() -> None:
                     Candidate("Lepton, gRPC through the front Envoy", lambda s: grpc(front, seconds=s), parts),
                     Candidate("MLServer, gRPC", lambda s: grpc(mlserver.grpc, seconds=s), mlserver.processes()),
                 ]
-                for _ in track(range(options.rounds), "measuring", console=console):
+                for _ in track(range(rounds), "measuring", console=console):
                     for each in candidates[:3]:
-                        each.measure(options.seconds)
+                        each.measure(seconds)
                     mlserver.resume()
-                    candidates[3].measure(options.seconds)
+                    candidates[3].measure(seconds)
                     mlserver.pause()
         finally:
             mlserver.close()
-    show(candidates)
+    return candidates
 
 
-def show(candidates: list[Candidate]) -> None:
-    table = Table("way in", "requests/s", "of HTTP", "of MLServer", "p50 ms", "p99 ms", "CPU us", "errors", box=None)
+def show(title: str, candidates: list[Candidate]) -> None:
+    table = Table(title, "requests/s", "of HTTP", "of MLServer", "p50 ms", "p99 ms", "CPU us", "errors", box=None)
     for each in candidates:
         middle = [statistics.median(values) for values in zip(*((s.p50_ms, s.p99_ms) for s in each.seen), strict=True)]
         table.add_row(
@@ -109,7 +118,6 @@ def show(candidates: list[Candidate]) -> None:
             f"{statistics.median(each.cpu_us):.0f}",
             f"{sum(s.errors for s in each.seen)}",
         )
-    console.print(report.machine())
     console.print(table)
 
 
