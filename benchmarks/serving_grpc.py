@@ -2,9 +2,9 @@
 
     python -m benchmarks.serving_grpc [--rounds N] [--seconds S]
 
-Medians of rounds in which every candidate is measured once, one after the other, with a row of 64 floats, then 1,024. HTTP
-carries them as JSON, gRPC as a raw tensor, which is how their clients send them. The load generators (wrk, h2load) run on
-the same machine.
+Medians of rounds in which every candidate is measured once, one after the other, with a row of 64 floats, then 1,024.
+HTTP carries them as JSON, gRPC as a raw tensor, which is how their clients send them. The load generators (wrk, h2load)
+run on the same machine.
 """
 
 import argparse
