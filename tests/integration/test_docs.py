@@ -79,8 +79,8 @@ def test_kafka_snippet_gets_its_answer(
     platform: Platform, mlp: str, make_key: Callable[..., str], monkeypatch: pytest.MonkeyPatch, http: httpx.Client
 ) -> None:
     code = snippets(page(http, f"/v2/models/{mlp}/docs"))["Kafka"].replace("order-7", "from-the-page")
-    monkeypatch.setenv("LEPTON_KAFKA", platform.layout.kafka)
-    monkeypatch.setenv("LEPTON_API_KEY", make_key("infer"))
+    monkeypatch.setenv("KAFKA", platform.layout.kafka)
+    monkeypatch.setenv("KEY", make_key("infer"))
     exec(code, {})
     consumer = Consumer(
         {"bootstrap.servers": platform.layout.kafka, "group.id": "docs", "auto.offset.reset": "earliest"}

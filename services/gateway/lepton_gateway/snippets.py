@@ -104,9 +104,10 @@ def _kafka(model: str, signature: Signature) -> str:
     return (
         "import json\nimport os\n\n"
         "from confluent_kafka import Producer  # or any other: it need know nothing of Lepton\n\n"
-        'producer = Producer({"bootstrap.servers": os.environ["LEPTON_KAFKA"]})\n'
+        "# KAFKA is the address that `lepton status` shows, KEY what `lepton keys create NAME` prints.\n"
+        'producer = Producer({"bootstrap.servers": os.environ["KAFKA"]})\n'
         f"request = {_request(signature.inputs, model)}\n"
-        'headers = {"id": "order-7", "authorization": f"Bearer {os.environ[\'LEPTON_API_KEY\']}"}\n'
+        'headers = {"id": "order-7", "authorization": f"Bearer {os.environ[\'KEY\']}"}\n'
         'producer.produce("lepton.inference.requests", json.dumps(request), headers=headers)\n'
         "producer.flush()  # the answer is on lepton.inference.results, its ce_correlationid is order-7\n"
     )
