@@ -176,16 +176,20 @@ def cache(
     ctx: typer.Context,
     model: Name,
     ttl: Annotated[float | None, typer.Option(min=0.001, help="Turn it on: seconds that an answer is kept.")] = None,
-    max_mb: Annotated[int, typer.Option(min=1, max=1024, help="Memory of each gateway for the answers.")] = 64,
+    max_mb: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Memory of each gateway for the answers. Default: 64.")
+    ] = None,
     off: Annotated[bool, typer.Option("--off", help="Turn it off.")] = False,
     json: Json = False,
 ) -> None:
     """Show, or change, whether requests that equal an earlier one are answered from memory."""
     if off and ttl is not None:
         raise typer.BadParameter("--ttl turns it on, --off turns it off: give one of them")
+    if max_mb is not None and ttl is None:
+        raise typer.BadParameter("--max-mb needs --ttl")
     with connect(ctx) as client:
         if ttl is not None:
-            view = client.set_cache(model, ttl_s=ttl, max_bytes=max_mb << 20)
+            view = client.set_cache(model, ttl_s=ttl, max_bytes=(max_mb or 64) << 20)
         else:
             view = client.unset_cache(model) if off else client.serving(model)
     kept = view.cache

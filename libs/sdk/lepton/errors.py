@@ -15,6 +15,9 @@ LeptonError
     └── DeadlineExceeded  the time for the call ran out
 """
 
+import math
+import re
+
 
 class LeptonError(Exception):
     """Base of all. `hint` says what to do next, `status` is the HTTP status when the platform answered."""
@@ -57,8 +60,7 @@ class Forbidden(LeptonError):
     default_hint = "Use a key that has the scope: `lepton keys create NAME --scope SCOPE` makes one."
 
 
-class NotFound(LeptonError):
-    default_hint = "`lepton models` lists what there is."
+class NotFound(LeptonError): ...
 
 
 class Conflict(LeptonError): ...
@@ -99,7 +101,30 @@ _KINDS: dict[int, type[LeptonError]] = {
 }
 
 
+# By what a 404 says that there is none of; nothing is said of the rest.
+_LISTED_BY = {
+    "model": "lepton models",
+    "version": "lepton versions MODEL",
+    "rollout": "lepton rollouts",
+    "trace": "lepton trace",
+    "tenant": "lepton tenants list",
+}
+
+
 def error_of(status: int, message: str, retry_after_s: float | None = None) -> LeptonError:
     """The error for an HTTP status from 400 on: unlisted ones are Invalid below 500 and plain LeptonError above."""
     kind = _KINDS.get(status, Invalid if status < 500 else LeptonError)
-    return kind(message, status=status, retry_after_s=retry_after_s)
+    hint = None
+    if kind is NotFound:
+        hint = _hint_of_missing(message)
+    elif retry_after_s is not None and retry_after_s > 60:
+        hours, minutes = divmod(math.ceil(retry_after_s / 60), 60)
+        hint = f"Try again in {hours} h {minutes} min."
+    return kind(message, hint=hint, status=status, retry_after_s=retry_after_s)
+
+
+def _hint_of_missing(message: str) -> str:
+    """What lists the things of which one is missing: "model 'm' has no version 3", "model 'm' is not served"."""
+    missing = re.search(r"\bno (\w+)", message) or re.match(r"(\w+) .*is not", message)
+    command = _LISTED_BY.get(missing[1]) if missing else None
+    return f"`{command}` lists what there is." if command else ""

@@ -106,6 +106,12 @@ def test_limits_that_make_no_sense_change_nothing(
     assert platform.limits == {}
 
 
+@pytest.mark.parametrize("options", [(), ("--off",)])
+def test_memory_for_a_cache_that_is_not_turned_on_is_wrong_usage(run: Run, options: tuple[str, ...]) -> None:
+    result = run("cache", "m", "--max-mb", 10, *options)
+    assert (result.exit_code, "--max-mb needs --ttl" in result.stderr) == (2, True)
+
+
 def test_a_new_keys_secret_is_all_there_is_on_stdout(run: Run) -> None:
     result = run("keys", "create", "robot", "--scope", "infer", "--scope", "read", "--days", 2)
     assert ok(result) == SECRET + "\n"
@@ -240,6 +246,33 @@ def test_the_exit_code_tells_the_kind_of_error(run: Run, platform: Platform, sta
     assert result.exit_code == code
     assert "Error: [so] it is" in result.stderr
     assert not result.stdout
+
+
+@pytest.mark.parametrize(
+    ("detail", "command"),
+    [
+        ("model 'm' is not known", "lepton models"),
+        ("model 'm' has no version 9", "lepton versions MODEL"),
+        ("version 9 of model 'm' is not loaded", "lepton versions MODEL"),
+        ("no trace of request 'x': it was not traced", "lepton trace"),
+        ("no tenant 'acme'", "lepton tenants list"),
+        ("no rollout 7", "lepton rollouts"),
+        ("no artifact 7", None),
+        ("model 'm' has no policy of its own", None),
+        ("Not Found", None),
+    ],
+)
+def test_what_is_not_found_is_told_with_what_lists_its_kind(
+    run: Run, platform: Platform, detail: str, command: str | None
+) -> None:
+    platform.answers = [Answer(404, {"title": "Not Found", "status": 404, "detail": detail})]
+    hint = f"`{command}` lists what there is.\n" if command else ""
+    assert run("models").stderr == f"Error: {detail}\n{hint}"
+
+
+def test_a_used_up_day_is_told_with_when_to_try_again(run: Run, platform: Platform) -> None:
+    platform.answers = [Answer(429, {"error": "the day ends at midnight UTC"}, {"retry-after": "26341"})]
+    assert "\nTry again in 7 h 20 min.\n" in run("infer", "m", "--input", "-", stdin="[[1, 2]]").stderr
 
 
 def test_a_platform_that_does_not_run_ends_with_3_and_says_how_to_start_it(run: Run) -> None:
