@@ -109,7 +109,9 @@ def test_columns_of_numbers_are_one_input_in_their_order_and_csv_is_written_too(
         run(mlp, source, output)
     ended = lepton("batch", mlp, "--input", source, "--output", output, "--columns", "a,b,c,d", "--rows", 30)
     assert ended.code == 0, ended.err
-    assert "100 of 100 rows scored by version 1" in ended.out
+    assert "100 of 100 rows scored by version 1 in " in ended.out
+    again = lepton("batch", mlp, "--input", source, "--output", output, "--columns", "a,b,c,d", "--rows", 30)
+    assert "Done already: 100 of 100 rows scored by version 1, in " in again.out
     table = csv.read_csv(output)
     scores = [json.loads(each) for each in table["scores"].to_pylist()]
     np.testing.assert_allclose(scores, SCORES[:100], rtol=1e-3, atol=1e-4)

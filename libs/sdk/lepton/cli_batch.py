@@ -53,7 +53,9 @@ def batch(
         print_json(summary)
     else:
         told = f"{summary.rows - summary.failed} of {summary.rows} rows scored by version {summary.version}"
-        console.print(f"{told} in {summary.seconds:.3g} s, in {summary.output}.", markup=False)
+        # An earlier run asked for everything where this one asked for nothing.
+        told = f"{told} in {summary.seconds:.3g} s" if summary.asked else f"Done already: {told}"
+        console.print(f"{told}, in {summary.output}.", markup=False)
     if summary.failed:
         for reason in summary.reasons:
             progress_console.print(f"[bold red]Error:[/] {escape(reason)}", soft_wrap=True)

@@ -51,6 +51,8 @@ def tail(
         for each in kafka.read(wanted, follow=True, from_beginning=from_beginning)
         if kind in (None, each.type) and model in (None, each.model)
     )
+    if console.is_terminal:
+        progress_console.print("[dim]waiting for events …, Ctrl-C ends[/]")
     with contextlib.suppress(KeyboardInterrupt):
         for record in islice(found, limit):
             if json:

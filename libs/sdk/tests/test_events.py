@@ -82,6 +82,13 @@ def test_events_are_told_from_the_beginning_by_type_and_model(kafka: str, lepton
     assert "default/digits version=1" in digits.stdout
 
 
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_whoever_watches_is_told_that_events_are_waited_for(kafka: str, lepton: Run, is_watched: bool) -> None:
+    write(kafka, "lepton.labels", [], b"{}")
+    told = lepton("tail", "--from-beginning", "-n", "1", TTY_COMPATIBLE=str(int(is_watched))).stderr
+    assert ("waiting for events …, Ctrl-C ends" in told) == is_watched
+
+
 def test_a_dead_letter_is_listed_and_put_back_once_as_it_was(kafka: str, lepton: Run) -> None:
     headers = [("ce_id", b"7"), ("ce_type", b"label"), ("Authorization", f"Bearer {SECRET}".encode())]
     bury(kafka, "lepton.labels", 41, headers, b'{"labl": 1}')
