@@ -36,7 +36,7 @@ class Settings(CommonSettings):
     """bytes that large bodies over HTTP may take together until they are answered; one has room in any case"""
     cache_bytes: Annotated[int, Field(ge=0)] = 256 << 20
     """bytes that the answers kept for all models whose cache is on may take together"""
-    async_concurrency: Annotated[int, Field(ge=1, le=10_000)] = 64
+    async_concurrency: Annotated[int, Field(ge=1, le=10_000)] = 256
     """most requests over Kafka that are worked on at a time"""
     async_timeout_s: Annotated[float, Field(gt=0, le=604_800)] = 3600.0
     """seconds from its writing that a request over Kafka is tried which says nothing of it"""
