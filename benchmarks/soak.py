@@ -3,9 +3,9 @@
     python -m benchmarks.soak [--minutes M]
 
 Memory is what the process alone holds (USS). The first fifth of the time is warming up; of the rest the first and the
-last third are compared. A process grows when it holds more memory at the end by more than a tenth and 8 MiB beyond what one
-second to the next differs by, or more than two descriptors, or tasks, at its least: connections that are kept alive come
-and go with the load.
+last third are compared. A process grows when it holds more memory at the end by more than a tenth and 8 MiB beyond what
+one second to the next differs by, or more than two descriptors, or tasks, at its least: connections that are kept alive
+come and go with the load.
 """
 
 import argparse
