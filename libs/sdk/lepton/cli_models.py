@@ -1,14 +1,18 @@
 """The commands about models: push, look, deploy, call."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from lepton.cli_traces import show_trace
 from lepton.connect import connect
-from lepton.render import Json, console, print_json, progress_bars, show, size
+from lepton.render import Json, console, print_json, progress_bars, say, show, size
+
+if TYPE_CHECKING:
+    from lepton.models import Version
+    from lepton.rollouts import Rollout
 
 commands = typer.Typer()
 _PANEL = "Models"
@@ -24,7 +28,10 @@ def push(
     file: Annotated[Path, typer.Argument(help="An .onnx file; weights beside it are packed in.", dir_okay=False)],
     name: Annotated[str, typer.Option(help="The model's name: lower-case letters, digits, hyphens.")],
     deploy: Annotated[bool, typer.Option("--deploy/--no-deploy", help="Serve it, or only keep it.")] = True,
-    wait: Wait = True,
+    wait: Annotated[
+        bool | None,
+        typer.Option("--wait/--no-wait", help="Return when it serves (default where that is at once), or before."),
+    ] = None,
     label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A note on the version.")] = None,
     metric: Annotated[list[str] | None, typer.Option(metavar="KEY=NUMBER", help="A figure of the version.")] = None,
     timeout: Timeout = 300.0,
@@ -33,6 +40,22 @@ def push(
     """Make a file a version of a model and serve it: by the model's policy if it has one, else at once."""
     labels = dict(_pair(each) for each in label or [])
     metrics = {key: _number(key, text) for key, text in map(_pair, metric or [])}
+    earns = False
+
+    def tell(version: "Version", rollout: "Rollout | None") -> None:
+        from lepton.evidence import summary
+        from lepton.policies import Strategy
+
+        nonlocal earns
+        earns = rollout is not None and rollout.strategy is not Strategy.IMMEDIATE
+        if json:
+            return
+        if rollout is None:
+            say(f"[bold]{name}[/] version [bold]{version.version}[/] ({size(version.size_bytes)}) is registered.")
+        elif earns:
+            say(f"Its rollout by {summary(rollout.policy)} is on its way.")
+            say(f"`lepton rollout watch {name}` shows how it goes.")
+
     with connect(ctx) as client, progress_bars(quiet=json) as progress:
         version = client.push(
             file,
@@ -43,17 +66,17 @@ def push(
             wait=wait,
             timeout=timeout,
             progress=progress,
+            tell=tell,
         )
+    told = f"{name} version {version.version}"
     if json:
         print_json(version)
-        return
-    told = f"[bold]{version.model}[/] version [bold]{version.version}[/] ({size(version.size_bytes)})"
-    if not deploy:
-        console.print(f"{told} is registered. `lepton deploy {version.model} {version.version}` serves it.")
-    elif not wait:
-        console.print(f"{told} is on its way. `lepton rollout watch {version.model}` shows how far.")
-    else:
-        console.print(f"{told} serves all traffic. `lepton infer {version.model} --input x.json` calls it.")
+    elif not deploy:
+        console.print(f"`lepton deploy {name} {version.version}` serves it.")
+    elif wait or (wait is None and not earns):
+        console.print(f"{told} serves all traffic. `lepton infer {name} --input x.json` calls it.")
+    elif not earns:
+        console.print(f"{told} is on its way. `lepton rollout watch {name}` shows how far.")
 
 
 @commands.command(rich_help_panel=_PANEL)

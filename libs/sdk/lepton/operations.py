@@ -5,7 +5,7 @@ Tenants and keys are in `operations_keys.py`, rollouts in `operations_rollouts.p
 """
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -36,6 +36,8 @@ from lepton.models import (
     Version,
 )
 from lepton.operations_rollouts import automatic, serves, start_usual, wait_for
+from lepton.policies import Strategy
+from lepton.rollouts import Rollout
 from lepton.upload import upload
 
 # numpy takes a fifth of the time that a command needs to start, and most of them compute nothing.
@@ -82,16 +84,19 @@ def push(
     metrics: Mapping[str, float] | None = None,
     batching: Batching | None = None,
     deploy: bool = True,
-    wait: bool = True,
+    wait: bool | None = None,
     timeout: float = 300.0,
     progress: OnProgress | None = None,
+    tell: Callable[[Version, Rollout | None], None] = lambda version, rollout: None,
 ) -> Flow[Version]:
     """A version of the model `name`; bytes pushed before give the version they gave then.
 
     `model` is an ONNX file's path, an `onnx.ModelProto`, a torch module (with `example`, an input or a tuple of inputs)
     or a fitted scikit-learn estimator. `classes` names a classifier's classes; scikit-learn knows its own. `labels` and
     `metrics` are kept with the version. With `deploy` all live traffic goes to it, by the policy stored for the model
-    if there is one, else at once; with `wait` this returns when it does, after `timeout` seconds at most.
+    if there is one, else at once; with `wait` this returns when it does, after `timeout` seconds at most. `wait` None
+    waits unless the policy lets the version earn its traffic, which takes as long as it takes. `tell` hears of the
+    version as soon as it is registered, and once more with its rollout when that is on its way.
 
     Raises Invalid when the model cannot be exported or served, RolloutFailed when no worker can load it or it proved
     worse than the version before, DeadlineExceeded.
@@ -113,12 +118,14 @@ def push(
     # The registry answers the same bytes with the same version, so a repeat is harmless.
     reply = yield from ask(post_request(path, wanted, repeatable=True))
     pushed = parsed(Version, reply)
+    tell(pushed, None)
     if deploy and not (yield from serves(pushed)):
         first = reply.status == 201 and pushed.version == 1
         started = automatic(pushed, timeout) if first else start_usual(name, pushed.version)
-        if wait or not first:
+        if wait is not False or not first:
             rollout = yield from started
-            if wait:
+            tell(pushed, rollout)
+            if wait or (wait is None and rollout.strategy is Strategy.IMMEDIATE):
                 yield from wait_for(rollout, timeout=timeout, progress=progress)
     return pushed
 

@@ -62,7 +62,8 @@ def deploy(
 ) -> Flow[Rollout]:
     """All live traffic goes to the version at once, unjudged; with `wait` before this returns.
 
-    Raises NotFound, Conflict when another version is on its way, RolloutFailed, DeadlineExceeded.
+    Raises NotFound, Conflict when another version is on its way, or this one step by step, RolloutFailed,
+    DeadlineExceeded.
     """
     started = yield from start(checked(NewRollout, model=model, version=version, policy="immediate"))
     return (yield from wait_for(started, timeout=timeout, progress=progress)) if wait else started

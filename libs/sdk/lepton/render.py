@@ -126,6 +126,11 @@ def size(count: float) -> str:
     return f"{count:.3g} GB"
 
 
+def say(text: str) -> None:
+    """The text on stdout, also while bars are shown; above them where both go to one terminal."""
+    (progress_console if console.is_terminal and progress_console.is_terminal else console).print(text)
+
+
 @contextmanager
 def progress_bars(*, quiet: bool = False) -> Iterator["OnProgress"]:
     """A function to report progress to, shown as bars on stderr while a person watches."""

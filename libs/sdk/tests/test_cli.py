@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 import onnx.helper
 import pytest
+from lepton.policies import PRESETS
+from lepton.rollouts import RolloutState
 from lepton_common.signature import Signature
 
 from libs.sdk.tests.conftest import KEY_ID, NEW_KEY_ID, NEW_SECRET, NOW, SECRET, SPECS, Platform, Run, ok
@@ -63,6 +65,30 @@ def test_what_acts_answers_in_json_too(run: Run, model: Path) -> None:
 
 def test_a_push_without_wait_returns_at_once_and_says_where_to_look(run: Run, model: Path) -> None:
     assert "`lepton rollout watch m` shows how far" in ok(run("push", model, "--name", "m", "--no-wait"))
+
+
+def test_a_push_by_a_policy_says_that_it_is_registered_and_on_its_way_and_waits_only_when_told_to(
+    run: Run, platform: Platform, model: Path, tmp_path: Path
+) -> None:
+    ok(run("push", model, "--name", "m"))
+    platform.policies["m"] = PRESETS["fast"]
+    second = tmp_path / "second.onnx"
+    second.write_bytes(model.read_bytes() + onnx.ModelProto(doc_string="second").SerializeToString())
+    told = " ".join(ok(run("push", second, "--name", "m")).split())
+    registered, _, rest = told.partition(" is registered. ")
+    assert registered.startswith("m version 2 (")
+    assert rest == (
+        "Its rollout by canary: 5, 25, 50, 100 %, at least 4 s each is on its way."
+        " `lepton rollout watch m` shows how it goes."
+    )
+    assert platform.rollouts[0].state == RolloutState.LOADING
+    assert "m version 2 serves all traffic." in ok(run("push", second, "--name", "m", "--wait"))
+
+
+def test_a_pushed_version_is_told_although_its_rollout_fails(run: Run, platform: Platform, model: Path) -> None:
+    platform.outcome = RolloutState.FAILED
+    result = run("push", model, "--name", "m")
+    assert (result.exit_code, "m version 1" in result.stdout) == (1, True)
 
 
 def test_an_empty_list_says_how_to_fill_it(run: Run) -> None:

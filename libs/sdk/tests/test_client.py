@@ -75,6 +75,12 @@ def test_a_push_without_wait_leaves_its_rollout_running(client: Client, platform
     assert platform.counted("GET /v1/rollouts/") == 0
 
 
+def test_a_push_tells_the_version_before_its_rollout(client: Client, model: Path) -> None:
+    told: list[tuple[int, bool]] = []
+    client.push(model, name="m", tell=lambda version, rollout: told.append((version.version, rollout is not None)))
+    assert told == [(1, False), (1, True)]
+
+
 def test_lepton_push_needs_no_client(platform: Platform, model: Path) -> None:
     assert lepton.push(model, name="m").version == 1
 

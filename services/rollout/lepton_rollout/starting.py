@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from uuid import UUID, uuid4
 
-from lepton.policies import PRESETS, OnFailure, OnNewer, Policy
+from lepton.policies import PRESETS, OnFailure, OnNewer, Policy, Strategy
 from lepton_common.db import Database, Tx
 from lepton_common.errors import Conflict, Invalid, Unavailable
 from lepton_common.events import RolloutStarted
@@ -15,6 +15,7 @@ from lepton_common.types import ModelRef
 from lepton_rollout import store, store_facts
 from lepton_rollout.domain import Rollout, State, finished
 from lepton_rollout.orders import aborted
+from lepton_rollout.policy import stages
 from lepton_rollout.record import unserved
 from lepton_rollout.serving import ServingTable
 from lepton_rollout.story import events
@@ -50,8 +51,9 @@ class Starter:
         already is returned.
 
         Raises NotFound, Invalid for a policy that nobody knows, and Conflict while the traffic is moved by hand (which
-        nobody knows while etcd is away), while another version must not be disturbed, and for bytes that were taken
-        back before (see `force`), unless it goes `back` to what served before.
+        nobody knows while etcd is away), while another version must not be disturbed, when all traffic is to go at once
+        to a version that is earning it, and for bytes that were taken back before (see `force`), unless it goes `back`
+        to what served before.
         """
         members = ((model, version), *together)
         if len({each for each, _ in members}) < len(members):
@@ -128,7 +130,8 @@ async def chosen_policy(tx: Tx, model: ModelRef, wanted: Policy | str | None) ->
 
 
 async def start_rollout(tx: Tx, rollout: Rollout, *, force: bool = False) -> Rollout:
-    """The rollout is open, or queued behind another by its policy; or the one that brings the same version is returned.
+    """The rollout is open, or queued behind another by its policy; or the one that brings the same version is returned,
+    unless that one goes step by step and this one would not.
 
     Raises Conflict, naming the other, when the policy or its state does not let it be disturbed. With `force` a frozen
     one may be.
@@ -144,7 +147,8 @@ async def start_rollout(tx: Tx, rollout: Rollout, *, force: bool = False) -> Rol
             if each and each.version == rollout.version and each.state is not State.FAILING:
                 if rollout.group is not None and each.group != rollout.group:
                     raise Conflict(f"version {each.version} of model {each.model.model!r} is on its way by itself")
-                return each
+                if not _is_slower(each, rollout.policy):
+                    return each
         rollout = replace(rollout, state=State.QUEUED)
         await _make_way(tx, open_one, queued, rollout, force=force)
         await store.add_rollout(tx, rollout)
@@ -162,6 +166,12 @@ async def start_rollout(tx: Tx, rollout: Rollout, *, force: bool = False) -> Rol
     return rollout
 
 
+def _is_slower(other: Rollout, wanted: Policy) -> bool:
+    """Whether the traffic is wanted at once, and the other rollout goes to it step by step."""
+    at_once = wanted.strategy is Strategy.IMMEDIATE
+    return at_once and not other.is_through and stages(other.policy, first=False) != stages(wanted, first=False)
+
+
 async def _make_way(
     tx: Tx, open_one: Rollout | None, queued: Sequence[Rollout], newer: Rollout, *, force: bool
 ) -> None:
@@ -170,10 +180,7 @@ async def _make_way(
     if open_one is not None and is_frozen and not force:
         raise Conflict(f"rollout {open_one.id} of model {newer.model.model!r} is frozen: {open_one.walk.held}")
     if newer.policy.on_newer is OnNewer.REFUSE:
-        other = open_one or queued[0]
-        raise Conflict(
-            f"model {newer.model.model!r} is on its way to version {other.version}: rollout {other.id} is {other.state}"
-        )
+        raise Conflict(_in_the_way(open_one or queued[0], newer))
     if newer.policy.on_newer is OnNewer.QUEUE:
         return
     reason = f"superseded by version {newer.version} ({newer.actor})"
@@ -186,6 +193,18 @@ async def _make_way(
         await store.save_rollout(tx, each, given_up)
         for event in events(each, given_up, newer.started_at):
             await tx.emit(event)
+
+
+def _in_the_way(other: Rollout, newer: Rollout) -> str:
+    model = newer.model.model
+    if other.version != newer.version or other.state is State.FAILING:
+        return f"model {model!r} is on its way to version {other.version}: rollout {other.id} is {other.state}"
+    policy = next((name for name, preset in PRESETS.items() if preset == other.policy), other.policy.strategy)
+    return (
+        f"version {other.version} of model {model!r} is in a rollout by policy {str(policy)!r} and is {other.state} at"
+        f" {other.walk.percent:g} %: `lepton rollout promote {model} --full --reason WHY` gives it all traffic now,"
+        f" `lepton rollout abort {model} --reason WHY` ends it"
+    )
 
 
 def new_rollout(

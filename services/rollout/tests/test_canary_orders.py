@@ -187,6 +187,36 @@ async def test_a_version_that_queues_waits_for_the_end_of_the_one_before(
     assert (ended["state"], done["state"], done["previous"]) == ("promoted", "promoted", 2)
 
 
+async def test_all_traffic_at_once_is_refused_to_a_version_that_is_earning_it_and_says_what_gives_it(
+    lab: Lab, rollout: httpx.AsyncClient, start: Start, model: ModelRef
+) -> None:
+    async with lab.measured(model):
+        started = await start(dwell_s=100_000)
+        await until(rollout, started, lambda now: now["percent"] == 10)
+        refused = await rollout.post("/v1/rollouts", json={"model": model.model, "version": 2, "policy": "immediate"})
+        again = await start(dwell_s=100_000)
+
+    assert refused.status_code == 409
+    assert refused.json()["detail"] == (
+        "version 2 of model 'digits' is in a rollout by policy 'canary' and is shifting at 10 %:"
+        " `lepton rollout promote digits --full --reason WHY` gives it all traffic now,"
+        " `lepton rollout abort digits --reason WHY` ends it"
+    )
+    assert again["id"] == started["id"]
+
+
+async def test_a_rollback_takes_the_place_of_a_canary_of_the_same_version_that_is_still_loading(
+    lab: Lab, rollout: httpx.AsyncClient, start: Start, model: ModelRef
+) -> None:
+    await lab.deploy(rollout, model, 2)
+    loading = await start(1, pool="empty")
+    back = (await rollout.post(f"/v1/serving/{model.model}/rollback")).json()
+    done = await lab.ended(rollout, back)
+
+    assert (done["version"], done["state"]) == (1, "promoted")
+    assert (await seen(rollout, loading))["reason"] == "superseded by version 1 (ann)"
+
+
 async def test_bytes_that_were_taken_back_need_force_and_their_cool_down(
     lab: Lab, rollout: httpx.AsyncClient, start: Start, model: ModelRef
 ) -> None:
