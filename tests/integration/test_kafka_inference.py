@@ -51,6 +51,12 @@ class Topic:
             self._poll()
         return found
 
+    def take(self) -> list[Message]:
+        """What has come since it was asked last."""
+        self._poll()
+        taken, self._seen = self._seen, []
+        return taken
+
     def _poll(self, timeout_s: float = 0.2) -> None:
         self._seen.extend(each for each in self._consumer.consume(500, timeout_s) if each.error() is None)
 

@@ -1,6 +1,10 @@
-"""Thousands of infer requests with something wrong in them: each is read or refused, none is a fault of ours."""
+"""Thousands of infer requests with something wrong in them: each is read or refused, none is a fault of ours.
+
+By hand, over Kafka: LEPTON_FUZZ=100000 pytest tests/security/test_fuzz.py -k kafka
+"""
 
 import json
+import os
 import random
 import zlib
 from typing import Any
@@ -8,15 +12,18 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from confluent_kafka import Producer
 from lepton_common import compression, oip
 from lepton_common.errors import Invalid, TooLarge
 from lepton_common.signature import DTYPES, Signature, TensorSpec
 from tritonclient.grpc import service_pb2
 
 from ..integration.local_platform import Platform
+from ..integration.test_kafka_inference import DEAD, REQUESTS, RESULTS, Topic, pairs
 from .hostile import assert_tells_nothing, calling
 from .mutations import binary_request, json_request, mutated, mutations
 
+COUNT = int(os.environ.get("LEPTON_FUZZ", "600"))
 DATATYPES = ("FP32", "INT64", "BOOL", "BYTES", "FP16")
 
 
@@ -100,3 +107,50 @@ def test_platform_answers_or_refuses_whatever_comes_by_grpc(platform: Platform, 
             if call.exception() is not None:
                 assert call.code() in refused, (body, call.details())
                 assert_tells_nothing(platform, call.details())
+
+
+@pytest.mark.timeout(120 + COUNT // 50)
+def test_platform_answers_or_buries_whatever_comes_by_kafka(platform: Platform, mlp: str) -> None:
+    chance = random.Random(4)
+    told = Topic(platform.layout.kafka, RESULTS, DEAD)
+    producer = Producer({"bootstrap.servers": platform.layout.kafka})
+    left, outcomes = set(), {"answered": 0, "refused": 0, "dead": 0}
+    for number, (body, length) in enumerate(mutations(4, COUNT)):
+        own: dict[str, str | bytes | None] = {"id": f"fuzz-{number}", "authorization": f"Bearer {platform.key}"}
+        if chance.random() < 0.9:
+            own["lepton-model"] = mlp.encode()
+        if length is not None:
+            own["inference-header-content-length"] = str(length).encode()
+        if chance.random() < 0.3:
+            own[chance.choice(_HEADERS)] = chance.choice(_VALUES)
+        left.add(f"fuzz-{number}")
+        producer.produce(REQUESTS, body, headers=own)
+        producer.poll(0)
+    producer.flush(60)
+    while left:
+        for message in told.take():
+            found = {name: (value or b"").decode("latin-1") for name, value in pairs(message)}
+            identity = found.get("ce_correlationid") or found["id"]
+            if identity not in left:
+                continue
+            left.remove(identity)
+            if message.topic() == DEAD:
+                assert found["lepton-dlq-reason"] == "undecodable", found
+                outcomes["dead"] += 1
+            else:
+                assert found["lepton-status"] in {"200", "400", "404", "413", "504"}, (found, message.value())
+                outcomes["answered" if found["lepton-status"] == "200" else "refused"] += 1
+                assert_tells_nothing(platform, (message.value() or b"").decode("latin-1"))
+    told.close()
+    print(f"{COUNT} messages with something wrong: {outcomes}")
+    assert all(outcomes.values()), outcomes
+
+
+_HEADERS = (
+    *("content-type", "lepton-version", "lepton-timeout-ms", "lepton-ordered", "lepton-reply-topic", "traceparent"),
+    *("ce_specversion", "ce_type", "inference-header-content-length", "content-encoding", "x-unknown"),
+)
+_VALUES = (
+    *(b"", b"1", b"0", b"-1", b"true", b"application/cloudevents+json", b"application/octet-stream", b"\xff\xfe"),
+    *(b"9" * 30, b"gzip", b"lepton.audit", b"text/plain; charset=utf-8", b"\x00"),
+)
