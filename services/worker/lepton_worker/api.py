@@ -247,4 +247,6 @@ def _asked_timeout_s(parameters: oip.Parameters, header: bytes | None) -> float:
     timeout_us = parameters.get("timeout", 0)
     if type(timeout_us) is not int or timeout_us < 0:
         raise Invalid("parameter timeout must be a non-negative integer of microseconds")
-    return min(asked_s, timeout_us / 1e6) if timeout_us else asked_s
+    if not 0 < timeout_us < _MAX_TIMEOUT_S * 1e6:  # Compared as an integer: it may be one that no float holds.
+        return asked_s
+    return min(asked_s, timeout_us / 1e6)

@@ -247,6 +247,12 @@ def test_a_wrong_input_is_named(document: Any, message: str, worker: WorkerRecip
     assert message in answer["error"]
 
 
+@pytest.mark.parametrize("timeout", [10**7, 2**63, 10**400])
+def test_a_timeout_longer_than_any_is_none(timeout: int, worker: WorkerRecipe) -> None:
+    status, _, _ = infer(worker, "double", {"inputs": [tensor([1, 2], [1, 2])], "parameters": {"timeout": timeout}})
+    assert status == 200
+
+
 def test_an_empty_body_is_refused(worker: WorkerRecipe) -> None:
     status, _, body = ask(worker, "POST", "/v2/models/double/infer")
     assert (status, json.loads(body)) == (400, {"error": "the request is not JSON: the body is empty"})
