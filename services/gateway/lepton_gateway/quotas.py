@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import structlog
 from lepton_common.errors import Conflict, Unavailable
-from lepton_common.etcd import EtcdClient
+from lepton_common.etcd import EtcdClient, Versioned
 from lepton_common.records import QUOTAS, QuotaUse
 from pydantic import ValidationError
 
@@ -52,7 +52,8 @@ class Quotas:
         """Whether the count is in etcd; False when another gateway was faster."""
         key, count = QUOTAS + key_id, use.unshared
         found = await self._etcd.get(key)
-        before = QuotaUse(day=today, used=0) if found is None else QuotaUse.model_validate_json(found.value)
+        # One that cannot be read counts from nothing, and is one again that can.
+        before = (found and _read(found)) or QuotaUse(day=today, used=0)
         total = count + (before.used if before.day == today else 0)
         # Where the clock of another gateway is ahead, ours are requests of a day that is over.
         if before.day <= today:
@@ -70,14 +71,19 @@ class Quotas:
         yesterday = self._admission.today() - 1
         found, _ = await self._etcd.list(QUOTAS)
         for each in found:
-            try:
-                day = QuotaUse.model_validate_json(each.value).day
-            except ValidationError:
-                _log.warning("a record in etcd cannot be read", key=each.key)
-                continue
-            if day < yesterday:
+            use = _read(each)
+            if use is not None and use.day < yesterday:
                 with suppress(Conflict):  # It has a new day, or another gateway was faster.
                     await self._etcd.delete_if_unchanged(each)
+
+
+def _read(found: Versioned) -> QuotaUse | None:
+    """The count, None when it is none."""
+    try:
+        return QuotaUse.model_validate_json(found.value)
+    except ValidationError:
+        _log.warning("a record in etcd cannot be read", key=found.key)
+        return None
 
 
 async def watch_over(admission: Admission) -> None:

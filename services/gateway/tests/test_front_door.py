@@ -217,6 +217,16 @@ async def test_a_count_that_cannot_be_read_keeps_no_other_in_etcd(etcd: EtcdClie
     assert [(each["log_level"], each["key"]) for each in lines] == [("warning", QUOTAS + "a-key")]
 
 
+async def test_a_count_that_cannot_be_read_begins_anew_and_stops_nothing(etcd: EtcdClient) -> None:
+    gateway = Gateway(etcd, [20_000.5 * SECONDS_A_DAY])
+    await etcd.put(QUOTAS + "key-1", b"not JSON")
+    gateway.ask(3)
+    await gateway.quotas.share()
+    found = await etcd.get(QUOTAS + "key-1")
+    assert found is not None
+    assert QuotaUse.model_validate_json(found.value) == QuotaUse(day=20_000, used=3)
+
+
 async def test_a_key_that_is_used_again_while_its_old_count_is_swept_keeps_the_new_one(
     etcd: EtcdClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
