@@ -99,9 +99,11 @@ async def test_who_only_announces_large_messages_keeps_nobody_out(lab: Lab) -> N
         await reader.readuntil(b"are read")
         async with grpc.aio.insecure_channel("{}:{}".format(*lab.grpc_address)) as channel:
             infer: UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(INFER)
-            await infer(infer_request(LARGE), metadata=(("authorization", f"Bearer {lab.key}"),))
+            answer = await infer(infer_request(LARGE), metadata=(("authorization", f"Bearer {lab.key}"),))
             live: UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
                 "/inference.GRPCInferenceService/ServerLive"
             )
-            await live(b"")
+            alive = pb.ServerLiveResponse.FromString(await live(b"")).live
     writer.close()
+    assert pb.ModelInferResponse.FromString(answer).raw_output_contents == [LARGE]
+    assert alive
