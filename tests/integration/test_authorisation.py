@@ -278,13 +278,13 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         "registry": built(
             "registry",
             build_registry,
-            RegistrySettings(blobs=str(folder), staging=folder, **nowhere),  # type: ignore[arg-type]
+            RegistrySettings(blobs=str(folder), staging=folder, **nowhere),  # type: ignore[arg-type]  # from text
         ),
         "monitor": built("monitor", build_monitor, MonitorSettings(**nowhere)),  # type: ignore[arg-type]
         "rollout": built(
             "rollout",
             build_rollout,
-            RolloutSettings(mesh_dir=folder, envoy_admin="127.0.0.1:1", **nowhere),  # type: ignore[arg-type]
+            RolloutSettings(mesh_dir=folder, envoy_admin="127.0.0.1:1", **nowhere),  # type: ignore[arg-type]  # from text
             EnvoyMesh(Path(folder), "127.0.0.1:1"),
             lambda: datetime.now(UTC),
         ),

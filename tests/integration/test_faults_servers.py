@@ -225,7 +225,7 @@ def test_pushes_through_restarts_of_postgresql_make_every_version_once(victim: P
     def push_all() -> None:
         with victim.client() as other:
             for seed in range(1, count + 1):
-                until(lambda seed=seed: _pushed(other, seed), 30)  # type: ignore[misc]
+                until(lambda seed=seed: _pushed(other, seed), 30)  # type: ignore[misc]  # a bound default
                 pushed.release()
 
     pusher = threading.Thread(target=push_all)

@@ -233,7 +233,7 @@ def test_who_has_no_key_is_a_dead_letter_and_no_caller(
 ) -> None:
     for secret in ("lp_" + "x" * 43, make_key("read")):
         request_id = write(producer, secret, infer(mlp))
-        (letter,) = dead.wait_for(lambda message, own=request_id: headers(message).get("id") == own)  # type: ignore[misc]
+        (letter,) = dead.wait_for(lambda message, own=request_id: headers(message).get("id") == own)  # type: ignore[misc]  # a bound default
         assert "key" in headers(letter)["lepton-dlq-error"]
         assert secret not in str(letter.headers())
 

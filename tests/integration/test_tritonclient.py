@@ -213,7 +213,7 @@ def test_tenant_comes_from_the_key(
 def test_key_can_come_from_a_plugin(platform: Platform, mlp: str, make_key: Callable[..., str]) -> None:
     key = make_key("infer", tenant="triton-plugins")
 
-    class Bearer(InferenceServerClientPlugin):  # type: ignore[misc]
+    class Bearer(InferenceServerClientPlugin):  # type: ignore[misc]  # tritonclient has no types
         def __call__(self, request: Any) -> None:
             request.headers["Authorization"] = f"Bearer {key}"
 

@@ -41,7 +41,7 @@ class TensorSpec:
         if len(shape) != len(self.shape):
             return False
         # A loop, because a generator would take longer than all the rest of the check.
-        for want, got in zip(self.shape, shape, strict=True):  # noqa: SIM110
+        for want, got in zip(self.shape, shape, strict=True):  # noqa: SIM110 - see above
             if want != got and want != -1:
                 return False
         return True

@@ -104,11 +104,11 @@ async def test_slow_bodies_and_answers_that_are_read_are_no_fault(peer: Peer) ->
 
 
 async def test_answer_that_is_not_read_is_given_up(server: AppServer, peer: Peer) -> None:
-    peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    peer.writer.transport.pause_reading()  # type: ignore[attr-defined]  # it is one for reading, too
     peer.send(b"GET /long HTTP/1.1\r\nhost: x\r\n\r\n")
     async with asyncio.timeout(10):
         while not server.server_state.tasks:  # noqa: ASYNC110 - uvicorn tells nobody
             await asyncio.sleep(0.01)
-        while server.server_state.tasks or server.server_state.connections:  # noqa: ASYNC110
+        while server.server_state.tasks or server.server_state.connections:  # noqa: ASYNC110 - uvicorn tells nobody
             await asyncio.sleep(0.01)
     assert not server.server_state.tasks, "nothing is kept for a peer that does not read"

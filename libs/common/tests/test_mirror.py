@@ -276,7 +276,7 @@ Watching = Callable[[Any, Any], AsyncIterator[Any]]
 
 @asynccontextmanager
 async def scripted(watching: Watching) -> AsyncIterator[EtcdClient]:
-    class Servicer(rpc.Watch):  # type: ignore[misc]
+    class Servicer(rpc.Watch):  # type: ignore[misc]  # it has no types
         async def Watch(self, requests: Any, context: Any) -> AsyncIterator[Any]:
             async for answer in watching(requests, context):
                 yield answer

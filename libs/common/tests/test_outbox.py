@@ -136,7 +136,7 @@ async def test_events_leave_in_the_order_of_the_outbox(db: Database) -> None:
         await bus.count(count)
         await emptied(db)
         assert registry.get_sample_value("lepton_test_outbox_sent_total") == count
-    assert bus.sent == sorted(bus.sent, key=lambda each: each.version)  # type: ignore[attr-defined]
+    assert bus.sent == sorted(bus.sent, key=lambda each: each.version)  # type: ignore[attr-defined]  # of these events only
 
 
 async def emptied(db: Database) -> None:
@@ -249,7 +249,7 @@ async def check_effects(db: Database, models: Sequence[str]) -> None:
     """Every version that was told took effect once, in order; waits for the last."""
     query = "SELECT count(*) FROM effects"
     async with db.transaction() as tx:
-        told = {name: version for name, version in await tx.execute("SELECT name, version FROM models")}  # noqa: C416
+        told = {name: version for name, version in await tx.execute("SELECT name, version FROM models")}  # noqa: C416 - rows, not pairs
     async with asyncio.timeout(60):
         while True:
             async with db.transaction() as tx:

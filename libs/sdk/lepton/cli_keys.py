@@ -48,12 +48,12 @@ def create(
             "--scopes",
             help="infer, read, test, deploy or admin; also several: a,b. deploy brings read and test along.",
         ),
-    ] = ["infer"],  # noqa: B006
+    ] = ["infer"],  # noqa: B006 - typer copies it
     tenant: Tenant = None,
     models: Annotated[
         list[str],
         typer.Option(help="Only for these models, such as 'fraud-*'; also several: a,b. Default: all."),
-    ] = [],  # noqa: B006
+    ] = [],  # noqa: B006 - typer copies it
     expires: Annotated[
         timedelta | None, typer.Option(parser=duration, metavar="30d", help="When it ends. Default: never.")
     ] = None,

@@ -19,7 +19,7 @@ from libs.sdk.tests.traffic import problem
 def shown(look: Look, width: int = 80) -> str:
     console = Console(width=width, file=io.StringIO(), color_system=None)
     console.print(view(look, stories.at(9)))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
     assert isinstance(text, str)
     return "\n".join(line.strip() for line in text.splitlines()).strip()
 
@@ -144,4 +144,4 @@ def test_in_a_terminal_the_view_is_live_and_the_last_look_stays() -> None:
     console = Console(width=100, file=io.StringIO(), force_terminal=True, color_system=None)
     last = watch(iter([Look(each, story.decisions) for each in story.looks]), console)
     assert last == story.looks[-1]
-    assert "rolled back" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "rolled back" in console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO

@@ -31,7 +31,7 @@ def test_while_they_wait_no_tenant_gets_more_than_a_request_ahead(arrivals: list
         taken = queue.take(anyone)
         assert taken is not None
         left[taken.tenant] -= 1
-        served[taken.tenant] += taken.cost_s  # type: ignore[assignment]
+        served[taken.tenant] += taken.cost_s  # type: ignore[assignment]  # a Counter of seconds
         seconds = [float(served[tenant]) for tenant in left]
         assert max(seconds) - min(seconds) <= 2 * largest + 1e-9
 

@@ -97,7 +97,7 @@ class Registry:
 async def accepted(ask: Callable[[], Awaitable[httpx.Response]]) -> httpx.Response:
     """The answer of success. Asks again while it is 503, as callers should: on a busy machine a part may be slow."""
     async with asyncio.timeout(60):
-        while (answer := await ask()).status_code == httpx.codes.SERVICE_UNAVAILABLE:  # noqa: ASYNC110
+        while (answer := await ask()).status_code == httpx.codes.SERVICE_UNAVAILABLE:  # noqa: ASYNC110 - an answer is polled
             await asyncio.sleep(0.05)
     return answer.raise_for_status()
 

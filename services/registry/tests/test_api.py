@@ -108,14 +108,14 @@ async def test_wrong_digest_is_refused_and_nothing_is_stored(registry: Registry)
     assert f"have the sha256 {sha256(data)}" in problem(answer, 400)
     head = await client.head(f"/v1/artifacts/{'0' * 64}")
     assert (head.status_code, head.headers["upload-offset"]) == (404, "0")
-    assert not [path for path in Path(registry.settings.blobs).rglob("*") if path.is_file()]  # noqa: ASYNC240
+    assert not [path for path in Path(registry.settings.blobs).rglob("*") if path.is_file()]  # noqa: ASYNC240 - a test may wait
 
 
 async def test_what_is_no_model_is_refused_and_nothing_is_stored(registry: Registry) -> None:
     client, data = await registry.tenant("acme"), b"PK\x03\x04 not a model"
     assert "not an ONNX model" in problem(await client.put(f"/v1/artifacts/{sha256(data)}", content=data), 400)
     assert (await client.head(f"/v1/artifacts/{sha256(data)}")).headers["upload-offset"] == "0"
-    assert not [path for path in Path(registry.settings.blobs).rglob("*") if path.is_file()]  # noqa: ASYNC240
+    assert not [path for path in Path(registry.settings.blobs).rglob("*") if path.is_file()]  # noqa: ASYNC240 - a test may wait
 
 
 async def test_artifact_over_the_limit_is_refused(registry: Registry) -> None:
@@ -142,7 +142,7 @@ async def test_knowing_a_digest_gives_no_foreign_artifact(registry: Registry) ->
 async def test_lost_or_damaged_bytes_are_healed_by_the_next_upload(registry: Registry) -> None:
     client, data = await registry.tenant("acme"), model_bytes()
     digest = await upload(client, data)
-    (blob,) = (path for path in Path(registry.settings.blobs).rglob("*") if path.is_file())  # noqa: ASYNC240
+    (blob,) = (path for path in Path(registry.settings.blobs).rglob("*") if path.is_file())  # noqa: ASYNC240 - a test may wait
     blob.write_bytes(b"x" * len(data))
     with pytest.raises(httpx.RemoteProtocolError):
         await client.get(f"/v1/artifacts/{digest}")

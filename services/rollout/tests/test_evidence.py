@@ -185,7 +185,7 @@ BROKEN = Bet((nan,) * 10, 5, nan, nan)
 @pytest.mark.parametrize("broken", [{"worse": BROKEN}, {"past": BROKEN}, {"no_worse": BROKEN}, {"low": BROKEN}])
 def test_evidence_that_is_not_a_number_stops_everything(broken: dict[str, Bet]) -> None:
     evidence = after(good(90), PROVING)
-    trial = replace(evidence.trials[ERRORS], **broken)  # type: ignore[arg-type]
+    trial = replace(evidence.trials[ERRORS], **broken)  # type: ignore[arg-type]  # wrong on purpose
     found = judge(replace(evidence, trials={**evidence.trials, ERRORS: trial}), PROVING, Policy())
     assert found.action is Action.HOLD
     assert found.page is bool({"worse", "past"} & broken.keys())

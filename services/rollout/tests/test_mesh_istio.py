@@ -179,7 +179,7 @@ async def test_somebody_elses_edit_is_told_with_who_it_was_and_our_own_are_not(a
     assert (edit.model, edit.by) == (MODEL, "kubectl-edit")
     assert edit.document["spec"] == {"hosts": [MODEL.host], "http": _http({1: 60, 2: 40})}
     assert "managedFields" not in edit.document["metadata"]
-    await edits.aclose()  # type: ignore[attr-defined]
+    await edits.aclose()  # type: ignore[attr-defined]  # a generator
 
 
 async def test_an_edit_is_taken_over_and_the_wheel_given_back_without_a_conflict(
@@ -327,7 +327,7 @@ async def _next(mesh: IstioMesh) -> Edit:
     try:
         return await anext(edits)
     finally:
-        await edits.aclose()  # type: ignore[attr-defined]
+        await edits.aclose()  # type: ignore[attr-defined]  # a generator
 
 
 def _http(weights: dict[int, int]) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ class Trial:
 
     async def _try(self, path: Path) -> Verdict:
         # Not asyncio's subprocess: uvloop forks, which runs gRPC's fork handlers beside its threads. Popen does not.
-        child = subprocess.Popen(  # noqa: ASYNC220 (it takes milliseconds)
+        child = subprocess.Popen(  # noqa: ASYNC220 - it takes milliseconds
             [*self._command, str(path), str(self._intra_op_threads)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -264,7 +264,7 @@ async def test_an_answer_that_cannot_be_written_harms_no_other() -> None:
     reported: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context["exception"]))
     async with batching(Model()) as caller:
-        caller.batcher.submit(row(1), NEVER, lambda outcome, waited_s: 1 / 0)  # type: ignore[arg-type]
+        caller.batcher.submit(row(1), NEVER, lambda outcome, waited_s: 1 / 0)  # type: ignore[arg-type]  # it returns nothing
         assert (await caller.ask(row(2)))["y"].tolist() == [[4]]
     assert isinstance(reported[0], ZeroDivisionError)
 
