@@ -65,12 +65,15 @@ async def test_request_that_does_not_come_is_not_waited_for(peer: Peer, pieces: 
 
 
 async def test_request_that_drips_in_is_cut(peer: Peer) -> None:
-    for letter in b"GET / HTTP/1.1\r\nhost: x\r\n" + b"a" * 10_000:
-        if peer.reader.at_eof():
-            break
-        peer.send(bytes([letter]))
-        await asyncio.sleep(0.05)
-    assert peer.reader.at_eof()
+    async def drip() -> None:
+        for letter in b"GET / HTTP/1.1\r\nhost: x\r\n" + b"a" * 10_000:
+            peer.send(bytes([letter]))
+            await asyncio.sleep(0.05)
+
+    dripping = asyncio.create_task(drip())
+    assert await ended(peer) == b""
+    assert not dripping.done(), "it was not over by itself"
+    dripping.cancel()
 
 
 @pytest.mark.parametrize(
