@@ -3,13 +3,14 @@
 import contextlib
 import os
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from lepton.render import Json, console, print_json, print_json_line, progress_console, show
+from lepton.render import Json, console, print_json, print_json_line, progress_console, when
 
 if TYPE_CHECKING:
     from lepton.dead_letters import Letter
@@ -52,7 +53,8 @@ def tail(
         if kind in (None, each.type) and model in (None, each.model)
     )
     if console.is_terminal:
-        progress_console.print("[dim]waiting for events …, Ctrl-C ends[/]")
+        which = (f" of the type {escape(kind)}" if kind else "") + (f" about {escape(model)}" if model else "")
+        progress_console.print(f"[dim]waiting for events{which} …, Ctrl-C ends[/]")
     with contextlib.suppress(KeyboardInterrupt):
         for record in islice(found, limit):
             if json:
@@ -106,8 +108,9 @@ def replay(
         raise typer.BadParameter("say which: --topic, or --id as `lepton events dlq list` names it")
     kafka = Kafka(address())
     wanted = dead_letters.chosen(dead_letters.letters(kafka, topic), identity, force=force)
+    prepared = dead_letters.replays(wanted, os.environ.get("LEPTON_API_KEY"))
     if not dry_run:
-        dead_letters.replay(kafka, wanted, os.environ.get("LEPTON_API_KEY"))
+        dead_letters.send(kafka, prepared)
     if json:
         print_json({"replayed": not dry_run, "letters": [each.shown() for each in wanted]})
         return
@@ -117,15 +120,13 @@ def replay(
 
 
 def _show(found: "Sequence[Letter]") -> None:
-    show(
-        found,
-        {
-            "ID": lambda letter: letter.id,
-            "OF": lambda letter: letter.topic,
-            "SINCE": lambda letter: letter.record.at,
-            "REASON": lambda letter: letter.record.header("lepton-dlq-reason"),
-            "REPLAYED": lambda letter: letter.replayed_at,
-            "ERROR": lambda letter: letter.error,
-        },
-        empty="No dead letters.",
-    )
+    """Two lines for each: an id and an error do not fit beside each other."""
+    if not found:
+        console.print("No dead letters.")
+    now = datetime.now(UTC)
+    for letter in found:
+        told = [letter.topic, letter.record.header("lepton-dlq-reason"), when(letter.record.at, now)]
+        if letter.replayed_at is not None:
+            told.append(f"replayed {when(letter.replayed_at, now)}")
+        console.print(f"[bold]{escape(letter.id)}[/]  {escape(', '.join(told))}", soft_wrap=True)
+        console.print(f"    {escape(letter.error)}", soft_wrap=True)

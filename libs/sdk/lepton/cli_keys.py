@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from lepton.cli_options import Burst, Concurrency, Rate
 from lepton.connect import connect
 from lepton.errors import Conflict, NotFound
 from lepton.render import Json, console, print_json, progress_console, show
@@ -58,10 +59,10 @@ def create(
         timedelta | None, typer.Option(parser=duration, metavar="30d", help="When it ends. Default: never.")
     ] = None,
     days: Annotated[float | None, typer.Option(min=0, help="The same, in days.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Requests a second, in the mean.")] = None,
-    burst: Annotated[int | None, typer.Option(help="Requests at once, where there is a rate.")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Requests under way at a time.")] = None,
-    per_day: Annotated[int | None, typer.Option(help="Requests from midnight UTC on.")] = None,
+    rate: Rate = None,
+    burst: Burst = None,
+    concurrency: Concurrency = None,
+    per_day: Annotated[int | None, typer.Option(min=1, help="Requests from midnight UTC on.")] = None,
     json: Json = False,
 ) -> None:
     """Make a key. Its secret is printed here and never again."""

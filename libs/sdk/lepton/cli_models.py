@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from lepton.cli_options import Burst, Concurrency, Rate
 from lepton.cli_traces import show_trace
 from lepton.connect import connect
 from lepton.render import Json, console, print_json, progress_bars, say, show, size
@@ -229,10 +230,12 @@ def cache(
 def limits(
     ctx: typer.Context,
     model: Name,
-    rate: Annotated[float | None, typer.Option(help="Requests a second, in the mean.")] = None,
-    burst: Annotated[int | None, typer.Option(help="Requests at once, where there is a rate.")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Requests under way at a time.")] = None,
-    timeout: Annotated[int | None, typer.Option(metavar="MS", help="Milliseconds that an answer may take.")] = None,
+    rate: Rate = None,
+    burst: Burst = None,
+    concurrency: Concurrency = None,
+    timeout: Annotated[
+        int | None, typer.Option(min=1, max=3_600_000, metavar="MS", help="Milliseconds that an answer may take.")
+    ] = None,
     off: Annotated[bool, typer.Option("--off", help="Go back to the defaults.")] = False,
     json: Json = False,
 ) -> None:

@@ -1,5 +1,6 @@
 """Dead letters: what could not be handled and why; and how it is put back. The services write them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,6 +14,8 @@ _STORY = "lepton-dlq-"
 _REPLAY = "lepton-replay"
 _REPLAY_OF = "lepton-replay-of"
 _FORBIDDEN = "forbidden"
+# Of Lepton's own errors the name says nothing that the message does not.
+_CLASS_PATH = re.compile(r"^(?:lepton_common\.errors\.\w+: |(?:\w+\.)+(?=\w+(?:: |$)))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,8 @@ class Letter:
 
     @property
     def error(self) -> str:
-        """The end of the error, which says what it was."""
-        return (self.record.header(f"{_STORY}error").splitlines() or [""])[-1]
+        """The end of the error, which says what it was, without the path of its class."""
+        return _CLASS_PATH.sub("", (self.record.header(f"{_STORY}error").splitlines() or [""])[-1])
 
     def shown(self) -> dict[str, Any]:
         """All of it, for programs."""
@@ -66,7 +69,7 @@ def letters(kafka: Kafka, topic: str | None = None) -> list[Letter]:
             replayed[of] = record.at
         else:
             found.append(record)
-    return [Letter(each, replayed.get(each.place)) for each in sorted(found, key=lambda each: each.at)]
+    return [Letter(each, replayed.get(each.place)) for each in found]
 
 
 def chosen(found: Sequence[Letter], identity: str | None, *, force: bool) -> list[Letter]:
@@ -94,20 +97,34 @@ def chosen(found: Sequence[Letter], identity: str | None, *, force: bool) -> lis
     return fresh
 
 
-def replay(kafka: Kafka, wanted: Sequence[Letter], key: str | None) -> None:
-    """Every message is where it was, with its own id and the header `lepton-replay`; its letter counts as replayed.
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A letter whose message goes back, with which headers; `run` marks what goes back together."""
 
-    One that came with an API key gets `key`, since dead letters keep none. Raises Invalid, having sent nothing, where
-    that is missing.
+    letter: Letter
+    headers: list[Header]
+    run: str
+
+
+def replays(wanted: Sequence[Letter], key: str | None) -> list[Replay]:
+    """What is to be sent. Each message keeps its own id, and has the header `lepton-replay`.
+
+    One that came with an API key gets `key`, since dead letters keep none. Raises Invalid where that is missing.
     """
     run = uuid4().hex
-    for letter, headers in [(each, _as_it_was(each, key, run)) for each in wanted]:
-        kafka.send(letter.topic, letter.record.key, letter.record.value, headers)
+    return [Replay(each, _as_it_was(each, key), run) for each in wanted]
+
+
+def send(kafka: Kafka, prepared: Sequence[Replay]) -> None:
+    """Every message is where it was; its letter counts as replayed."""
+    for each in prepared:
+        letter, record, mark = each.letter, each.letter.record, (_REPLAY, each.run)
+        kafka.send(letter.topic, record.key, record.value, [*each.headers, mark])
         # Not before: should this fail, the message may come once more, and a repeat changes nothing.
-        kafka.send(letter.record.topic, letter.record.key, None, [(_REPLAY, run), (_REPLAY_OF, letter.record.place)])
+        kafka.send(record.topic, record.key, None, [mark, (_REPLAY_OF, record.place)])
 
 
-def _as_it_was(letter: Letter, key: str | None, run: str) -> list[Header]:
+def _as_it_was(letter: Letter, key: str | None) -> list[Header]:
     headers: list[Header] = [
         (name, value) for name, value in letter.record.headers if not name.startswith(_STORY) and name != _REPLAY
     ]
@@ -118,4 +135,4 @@ def _as_it_was(letter: Letter, key: str | None, run: str) -> list[Header]:
                 hint="Set LEPTON_API_KEY to a key of the tenant that the message is for.",
             )
         headers.append(("authorization", f"Bearer {key}"))
-    return [*headers, (_REPLAY, run)]
+    return headers

@@ -23,6 +23,7 @@ LOUD = frozenset({"lepton.telemetry", "lepton.windows", "lepton.inference.reques
 _SECRET_HEADERS = frozenset({"authorization", "ce_authorization", "proxy-authorization", "x-api-key", "cookie"})
 _KEYS = re.compile(r"lp_[A-Za-z0-9_-]{20,}")
 _TIMEOUT_S = 10.0
+_MOST_SORTED = 100_000  # records of the past that are held to be put in order
 _SEND_S = 30.0
 
 Header = tuple[str, str | bytes | None]
@@ -107,22 +108,27 @@ class Kafka:
             return self._topics(consumer)
 
     def read(self, topics: Sequence[str], *, follow: bool, from_beginning: bool) -> Iterator[Record]:
-        """What is on the topics, or is written to them from now on; with `follow` for ever. Raises Unreachable."""
+        """What is on the topics, the oldest first, or what is written to them from now on; with `follow` for ever. Of a
+        very long past not all is in order. Raises Unreachable."""
         with self._consumer() as consumer:
             known = consumer.list_topics(timeout=_TIMEOUT_S).topics
             start = self._client.OFFSET_BEGINNING if from_beginning else self._client.OFFSET_END
             partitions = [(topic, number) for topic in topics for number in known[topic].partitions]
             consumer.assign([self._client.TopicPartition(*each, start) for each in partitions])
             unread = set(partitions)
+            past: list[Record] = []
             while follow or unread:
                 for message in consumer.consume(500, 0.2):
                     error = message.error()
                     if error is None:
-                        yield _record(message)
+                        past.append(_record(message))
                     elif error.code() == self._client.KafkaError._PARTITION_EOF:
                         unread.discard((message.topic(), message.partition()))
                     else:
                         raise Unreachable(f"Kafka at {self._servers} says: {error.str()}")
+                if not unread or not from_beginning or len(past) > _MOST_SORTED:
+                    yield from sorted(past, key=lambda each: each.at)
+                    past.clear()
 
     def send(self, topic: str, key: bytes | None, value: bytes | None, headers: Sequence[Header]) -> None:
         """The message is stored. Raises Unreachable when it may not be."""

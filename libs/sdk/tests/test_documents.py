@@ -40,7 +40,7 @@ def test_a_preset_written_down_is_read_as_itself(tmp_path: Path, preset: str) ->
     assert read(tmp_path, json.dumps(policy.model_dump(mode="json"), indent=2)) == policy
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(content=st.dictionaries(_NAMES, _CONTENT, max_size=3))
 def test_whatever_is_written_is_read_back_as_it_was(
     content: dict[str, object], tmp_path_factory: pytest.TempPathFactory
