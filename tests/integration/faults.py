@@ -15,9 +15,9 @@ from .load import Load
 from .local_platform import Platform, until
 
 # Version n of a checked model is `mlp(seed=n)`.
-_X = np.array([[1.0, -2.0, 3.0, -4.0]], np.float32)
+ROW = np.array([[1.0, -2.0, 3.0, -4.0]], np.float32)
 REQUEST = json.dumps(
-    {"inputs": [{"name": "x", "datatype": "FP32", "shape": _X.shape, "data": _X.ravel().tolist()}]}
+    {"inputs": [{"name": "x", "datatype": "FP32", "shape": ROW.shape, "data": ROW.ravel().tolist()}]}
 ).encode()
 SETTINGS = {"LEPTON_LOAD_TIMEOUT_S": "15"}
 CALLERS = 4
@@ -34,7 +34,7 @@ def push_versions(platform: Platform, model: str, *versions: int) -> None:
 def wrong(body: bytes, version: str) -> str:
     """What is wrong with an answer of that version of a checked model; nothing when it is empty."""
     scores = json.loads(body)["outputs"][0]["data"]
-    expected = onnx_models.mlp_scores(_X, int(version)).ravel()
+    expected = onnx_models.mlp_scores(ROW, int(version)).ravel()
     return "" if np.allclose(scores, expected, rtol=1e-4, atol=1e-4) else f"version {version} answered {scores}"
 
 

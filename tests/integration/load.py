@@ -13,14 +13,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 _ANSWER_S = 30.0  # longer than the platform lets any request take
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One request's end. `status` is 0 when there was no answer, and `failure` then says how the connection failed."""
+    """One request's end. `status` is 0 when there was no answer, and `failure` then says how the connection failed; of
+    gRPC it is 200 or gRPC's own."""
 
     begun_s: float  # on the monotonic clock
     latency_s: float
@@ -150,10 +154,11 @@ class Load:
         finally:
             connection.close()
 
-    def _connection(self) -> http.client.HTTPConnection:
+    def _connection(self) -> Any:
+        """What `_ask` is called with. It has `close`."""
         return http.client.HTTPConnection("127.0.0.1", self._port, timeout=_ANSWER_S)
 
-    def _ask(self, connection: http.client.HTTPConnection) -> Answer:
+    def _ask(self, connection: Any) -> Answer:
         begun_s = time.monotonic()
         status, version, failure = 0, "", ""
         try:
@@ -165,3 +170,25 @@ class Load:
         except (OSError, http.client.HTTPException) as error:
             failure = f"{type(error).__name__}: {error}"
         return Answer(begun_s, time.monotonic() - begun_s, status, version, failure)
+
+
+class GrpcLoad(Load):
+    """The same over gRPC: each caller has a channel of its own."""
+
+    def __init__(self, port: int, request: service_pb2.ModelInferRequest, *, callers: int, pause_s: float) -> None:
+        super().__init__(port, "", b"", callers=callers, pause_s=pause_s, at_most_s=220)
+        self._request = request
+
+    def _connection(self) -> grpc.Channel:
+        # Channels of one process share their connections unless they are told not to.
+        return grpc.insecure_channel(f"127.0.0.1:{self._port}", options=[("grpc.use_local_subchannel_pool", 1)])
+
+    def _ask(self, connection: Any) -> Answer:
+        begun_s = time.monotonic()
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
+        call = stub.ModelInfer.future(self._request, timeout=_ANSWER_S)
+        code = call.code()  # when it is over
+        latency_s = time.monotonic() - begun_s
+        if code is not grpc.StatusCode.OK:
+            return Answer(begun_s, latency_s, code.value[0], "", f"{code.name}: {call.details()}")
+        return Answer(begun_s, latency_s, 200, dict(call.trailing_metadata())["x-lepton-version"], "")

@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
 from lepton.processes import http_get
+from tritonclient.grpc import service_pb2
 
 from .faults import (
     CALLERS,
+    ROW,
     SETTINGS,
     answering_version,
     ended,
@@ -24,6 +27,7 @@ from .faults import (
     swap,
     wait_for_workers,
 )
+from .load import GrpcLoad
 from .local_platform import Platform, running_platform, until
 from .onnx_models import mlp
 from .pushes import Pushes
@@ -194,6 +198,23 @@ def test_callers_wait_for_a_gateway_that_is_killed_or_restarted(victim: Platform
     # The front door's patience is longer than a start of the gateway, unless the machine is very busy.
     assert len(impatient) <= CALLERS, load.report()
     assert {answer.status for answer in impatient} <= {503}, load.report()
+
+
+def test_callers_over_grpc_notice_nothing_of_workers_killed_and_gateways_restarted(victim: Platform) -> None:
+    request = service_pb2.ModelInferRequest(model_name=MODEL, raw_input_contents=[ROW.tobytes()])
+    request.inputs.add(name="x", datatype="FP32", shape=ROW.shape)
+    with GrpcLoad(victim.port, request, callers=CALLERS, pause_s=0.01) as load:
+        for end, part in ((victim.kill, "worker-1"), (victim.stop, "gateway"), (victim.kill, "gateway")):
+            load.wait_for(100)
+            end(part)
+            load.wait_for(200)
+            victim.wait_ready()
+            wait_for_workers(victim, 2)
+            impatient = load.failures
+            load.wait_for(100)
+            assert load.failures == impatient, load.report()
+    assert len(impatient) <= CALLERS, load.report()
+    assert {answer.status for answer in impatient} <= {grpc.StatusCode.UNAVAILABLE.value[0]}, load.report()
 
 
 def test_a_killed_envoy_fails_what_came_to_the_front_door_and_nothing_that_the_gateway_has(victim: Platform) -> None:
