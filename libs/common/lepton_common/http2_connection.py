@@ -233,7 +233,8 @@ class Connection(asyncio.Protocol):
         stream.closed = True
         sink, stream.sink = stream.sink, None
         self.receiver.streams.pop(stream.id, None)
-        self.sender.forget(stream)
+        if stream.unsent_bytes:
+            self.sender.forget(stream)
         if not self.receiver.streams and self.receiver.told != MAX_WINDOW and not self._deaf:
             self._close()
         return sink

@@ -43,10 +43,10 @@ class RequestHead:
     """A request's headers, checked. Shared by all requests with the same block of bytes, so never changed.
 
     `headers` has lower-case names, repeats joined by ", ", without the pseudo-headers; `host` is :authority's, `length`
-    is content-length's, or -1.
+    is content-length's, or -1. In `notes` a handler may keep what it made of them.
     """
 
-    __slots__ = ("headers", "host", "length", "method", "path")
+    __slots__ = ("headers", "host", "length", "method", "notes", "path")
 
     def __init__(self, pseudo: dict[bytes, bytes], headers: dict[bytes, bytes]) -> None:
         """Raises Invalid when something is missing."""
@@ -61,6 +61,7 @@ class RequestHead:
         self.host = pseudo.get(b":authority", headers.get(b"host", b""))
         self.length = int(length)
         self.headers = headers
+        self.notes: object = None
 
 
 class HeaderDecoder:

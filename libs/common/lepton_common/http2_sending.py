@@ -54,9 +54,9 @@ class Sender:
         self.window = DEFAULT_WINDOW
         self.stream_window = DEFAULT_WINDOW  # with which the peer's new streams begin
 
-    def write(self, data: bytes) -> None:
+    def write(self, *pieces: bytes) -> None:
         """The frames leave with all others of this turn of the loop."""
-        self._out.append(data)
+        self._out += pieces
         if not self._flushing:
             self._flushing = True
             self._server.loop.call_soon(self.flush)
@@ -77,16 +77,14 @@ class Sender:
         size, number = len(body), stream.id
         if size <= MAX_FRAME_BYTES and size <= self.window and size <= stream.send_window and self.writable:
             self.window -= size
-            ending = Flag.END_HEADERS | Flag.END_STREAM
+            last = Flag.END_HEADERS | Flag.END_STREAM
             self.write(
-                b"%b%b%b%b%b"
-                % (
-                    frame(Kind.HEADERS, Flag.END_HEADERS, number, head),
-                    FRAME_HEAD.pack(size >> 8, size & 0xFF, Kind.DATA, 0, number),
-                    body,
-                    FRAME_HEAD.pack(len(trailers) >> 8, len(trailers) & 0xFF, Kind.HEADERS, ending, number),
-                    trailers,
-                )
+                FRAME_HEAD.pack(len(head) >> 8, len(head) & 0xFF, Kind.HEADERS, Flag.END_HEADERS, number),
+                head,
+                FRAME_HEAD.pack(size >> 8, size & 0xFF, Kind.DATA, 0, number),
+                body,
+                FRAME_HEAD.pack(len(trailers) >> 8, len(trailers) & 0xFF, Kind.HEADERS, last, number),
+                trailers,
             )
             self._over(stream)
         else:

@@ -1,6 +1,7 @@
 """Requests that did not come over HTTP, asked of the gateway as the HTTP requests that mean the same."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import orjson
 from lepton_common.http11_request import Buffer, Head, Request
@@ -23,8 +24,11 @@ class Answer:
     def answer(self, head: Head, status: int, headers: bytes, body: Buffer | Sequence[Buffer]) -> None:
         """See `http11_request.Answerer`."""
         self.status = status
-        for line in headers.split(b"\r\n")[:-1]:
-            name, _, value = line.partition(b": ")
+        # The last one is the request's own id; the others are the same for many.
+        usual, _, last = headers[:-2].rpartition(b"\r\n")
+        self.headers = _headers_of(usual).copy()
+        if last:
+            name, _, value = last.partition(b": ")
             self.headers[name] = value
         self.body = bytes(body) if isinstance(body, Buffer) else b"".join(body)
         then, self._then = self._then, None  # It leads back to here: both bodies would be garbage in a cycle.
@@ -38,6 +42,12 @@ class Answer:
             return str(orjson.loads(self.body)["error"])
         except (orjson.JSONDecodeError, KeyError, TypeError):
             return "no reason given"
+
+
+@lru_cache(maxsize=1024)
+def _headers_of(lines: bytes) -> dict[bytes, bytes]:
+    """Never to be changed."""
+    return {name: value for name, _, value in (line.partition(b": ") for line in lines.split(b"\r\n") if line)}
 
 
 def request(

@@ -6,7 +6,7 @@ Source: grpc/grpc doc/PROTOCOL-HTTP2.md. Requests may be compressed, answers are
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from functools import lru_cache
 from urllib.parse import quote
@@ -14,7 +14,7 @@ from urllib.parse import quote
 import structlog
 from lepton_common.compression import decompress
 from lepton_common.errors import Invalid, LeptonError, Overloaded, TooLarge, status_of
-from lepton_common.http2 import Sink, Stream, literal
+from lepton_common.http2 import RequestHead, Sink, Stream, literal
 from lepton_common.http11_request import Buffer
 
 PREFIX_BYTES = 5
@@ -73,9 +73,9 @@ def status_of_http(status: int) -> Status:
     return _STATUS_OF_HTTP.get(status, Status.INTERNAL)
 
 
-def trailers(status: Status, message: str = "", metadata: Iterable[tuple[bytes, bytes]] = ()) -> bytes:
-    """The header block that ends an answer."""
-    return _status_block(status, message[:_MAX_TOLD]) + b"".join([literal(*each) for each in metadata])
+def trailers(status: Status, message: str = "", metadata: bytes = b"") -> bytes:
+    """The header block that ends an answer. `metadata` is one, too."""
+    return _status_block(status, message[:_MAX_TOLD]) + metadata
 
 
 @lru_cache(maxsize=256)
@@ -104,7 +104,7 @@ def size_of(prefix: bytes | bytearray, most: int) -> int:
 def last_of(error: LeptonError) -> bytes:
     """The trailers of a call that ends with the error."""
     again_s = error.retry_after_s
-    metadata = () if again_s is None else ((b"retry-after", b"%d" % math.ceil(again_s)),)
+    metadata = b"" if again_s is None else literal(b"retry-after", b"%d" % math.ceil(again_s))
     return trailers(status_of_http(status_of(error)), error.message, metadata)
 
 
@@ -150,21 +150,34 @@ class Share:
         self._left += size
 
 
+class _Notes:
+    """What a request's head says to gRPC. Shared by all calls with the same head, so never changed."""
+
+    __slots__ = ("encoding", "metadata", "timeout_s")
+
+    def __init__(self, head: RequestHead) -> None:
+        self.encoding = head.headers.get(b"grpc-encoding", b"identity")
+        self.timeout_s = _timeout_s(head.headers.get(b"grpc-timeout"))
+        self.metadata = {**head.headers, b"host": head.host}
+        for name in _NOT_METADATA:
+            self.metadata.pop(name, None)
+
+
 class Call(Sink, ABC):
     """One call of a method. Subclasses get its messages, and answer it."""
 
     def __init__(self, stream: Stream, room: Share) -> None:
         self.stream = stream
         self.room = room
-        self.encoding = stream.head.headers.get(b"grpc-encoding", b"identity")
-        self.deadline = _deadline(stream.head.headers.get(b"grpc-timeout"))
+        notes = stream.head.notes
+        if not isinstance(notes, _Notes):
+            notes = stream.head.notes = _Notes(stream.head)
+        self._notes = notes
+        self.deadline = None if notes.timeout_s is None else time.monotonic() + notes.timeout_s
 
     def metadata(self) -> dict[bytes, bytes]:
         """What the caller sent beside the messages, as HTTP headers."""
-        found = dict(self.stream.head.headers)
-        for name in _NOT_METADATA:
-            found.pop(name, None)
-        found[b"host"] = self.stream.head.host
+        found = self._notes.metadata.copy()
         if self.deadline is not None:
             left_ms = max(1, round((self.deadline - time.monotonic()) * 1e3))
             asked = found.get(b"x-request-timeout-ms", b"")
@@ -172,13 +185,13 @@ class Call(Sink, ABC):
                 found[b"x-request-timeout-ms"] = b"%d" % min(left_ms, 10**11)
         return found
 
-    def message_of(self, prefix: bytes, data: bytes | bytearray) -> bytes | bytearray:
-        """The message, decompressed where it says so. Raises Invalid."""
-        if prefix[0] == 0:
+    def message_of(self, compressed: int, data: bytes | bytearray) -> bytes | bytearray:
+        """The message, decompressed where the first byte of its prefix says so. Raises Invalid."""
+        if not compressed:
             return data
-        if prefix[0] != 1 or self.encoding == b"identity":
+        if compressed != 1 or self._notes.encoding == b"identity":
             raise Invalid("a message says that it is compressed, the metadata do not say how")
-        return decompress(data, self.encoding, self.room.most)
+        return decompress(data, self._notes.encoding, self.room.most)
 
     def guarded(self, error: Exception) -> LeptonError:
         """The error as the caller may hear of it."""
@@ -191,7 +204,7 @@ class Call(Sink, ABC):
         """The call ends with the error's status."""
         self.finish(last_of(self.guarded(error)))
 
-    def end(self, status: Status, message: str = "", metadata: Iterable[tuple[bytes, bytes]] = ()) -> None:
+    def end(self, status: Status, message: str = "", metadata: bytes = b"") -> None:
         """The call ends without another message. Nothing was sent yet."""
         self.finish(trailers(status, message, metadata))
 
@@ -214,7 +227,7 @@ class Unary(Call):
     def asked(self, message: bytes | bytearray) -> None:
         """The message is whole: answer it. What is raised is the answer."""
 
-    def answer(self, message: Sequence[Buffer], metadata: Iterable[tuple[bytes, bytes]] = ()) -> None:
+    def answer(self, message: Sequence[Buffer], metadata: bytes = b"") -> None:
         """The call ends well, with this message."""
         last = trailers(Status.OK, "", metadata)
         pieces = framed(message)
@@ -259,14 +272,15 @@ class Unary(Call):
         try:
             if self._size is None or len(body) != PREFIX_BYTES + self._size:
                 raise Invalid("the body is not one message")
-            prefix = bytes(body[:PREFIX_BYTES])
+            compressed = body[0]
             if isinstance(body, bytes):
                 body = body[PREFIX_BYTES:]
             else:
                 del body[:PREFIX_BYTES]
-            message = self.message_of(prefix, body)
-            self._take(max(0, len(message) - self._taken))  # It was compressed.
-            self.asked(message)
+            if compressed:
+                body = self.message_of(compressed, body)
+                self._take(max(0, len(body) - self._taken))
+            self.asked(body)
         except Exception as error:  # A handler's mistake costs its own call only.
             self.refuse(error)
 
@@ -296,11 +310,11 @@ class Refusal(Call):
         """Nothing to undo."""
 
 
-def _deadline(timeout: bytes | None) -> float | None:
-    """The monotonic time that a grpc-timeout header means; None without one, or with one that is malformed."""
-    if timeout is None or not timeout[:-1].isdigit() or len(timeout) > 9 or timeout[-1:] not in _TIME_UNITS_S:
+def _timeout_s(header: bytes | None) -> float | None:
+    """What a grpc-timeout header means; None without one, or with one that is malformed."""
+    if header is None or not header[:-1].isdigit() or len(header) > 9 or header[-1:] not in _TIME_UNITS_S:
         return None
-    return time.monotonic() + int(timeout[:-1]) * _TIME_UNITS_S[timeout[-1:]]
+    return int(header[:-1]) * _TIME_UNITS_S[header[-1:]]
 
 
 def not_grpc(stream: Stream) -> None:

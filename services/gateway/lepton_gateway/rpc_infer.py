@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import inf
 
 from lepton_common.errors import Invalid, LeptonError
-from lepton_common.http2 import Stream
+from lepton_common.http2 import Stream, literal
 from lepton_common.http11_request import Buffer, Request
 
 from lepton_gateway import inference_pb2 as pb
@@ -27,8 +27,6 @@ from lepton_gateway.rpc import (
 from lepton_gateway.rpc_answers import encode_response, tagged
 from lepton_gateway.rpc_codec import encode_request
 
-Metadata = tuple[tuple[bytes, bytes], ...]
-
 # Of one stream: messages that are being answered, and bytes of answers that the caller does not take.
 _MAX_UNDER_WAY = 64
 _MAX_UNSENT_BYTES = 8 << 20
@@ -39,9 +37,10 @@ _INFER_RESPONSE = pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER
 _TOLD = (b"x-lepton-version", b"retry-after", b"x-lepton-reason", b"x-request-id", b"traceparent")
 
 
-def metadata_of(answer: Answer) -> Metadata:
-    """What a caller hears beside the message."""
-    return tuple((name, answer.headers[name]) for name in _TOLD if name in answer.headers)
+def metadata_of(answer: Answer) -> bytes:
+    """What a caller hears beside the message, as a header block."""
+    headers = answer.headers
+    return b"".join([literal(name, headers[name]) for name in _TOLD if name in headers])
 
 
 def ask(
@@ -208,9 +207,9 @@ class ModelStreamInfer(Call):
         else:
             message = self._buffer[:end]
             del self._buffer[:end]
-        prefix = bytes(message[:PREFIX_BYTES])
+        compressed = message[0]
         del message[:PREFIX_BYTES]
-        return self.message_of(prefix, message)
+        return self.message_of(compressed, message)
 
     def _send_answers(self) -> None:
         """What is answered is sent, up to the first that is not."""

@@ -50,7 +50,7 @@ class Reflection(Call):
                     raise TooLarge(f"message: {end} bytes, at most {_MAX_MESSAGE_BYTES} are taken")
                 if len(self._buffer) < end:
                     return
-                message = self.message_of(prefix, self._buffer[PREFIX_BYTES:end])
+                message = self.message_of(prefix[0], self._buffer[PREFIX_BYTES:end])
                 self._buffer = self._buffer[end:]
                 self._start()
                 for each in framed([_answer(message).SerializeToString()]):
