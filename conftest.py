@@ -1,8 +1,15 @@
-"""How `make test` spreads the tests over processes."""
+"""How `make test` spreads the tests over processes, and what property tests try."""
 
 import pytest
+from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
+
+# The same examples each time, however slow the machine.
+settings.register_profile(
+    "lepton", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("lepton")
 
 _FOLDERS = ("tests/integration/", "tests/security/")
 # These start platforms of their own.

@@ -119,9 +119,7 @@ def test_operation_answers_as_its_document_says(
     ]
     excluded = [positive_data_acceptance] if label in WRONG_BEYOND_SCHEMA else []
 
-    @hypothesis_settings(
-        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )
+    @hypothesis_settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(), exists=st.booleans())
     def check(case: Any, exists: bool) -> None:
         if exists:

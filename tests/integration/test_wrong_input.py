@@ -310,7 +310,7 @@ HEADERS = st.fixed_dictionaries(
 
 
 def test_no_mutation_of_a_valid_request_is_the_platforms_fault(http: httpx.Client, mlp: str) -> None:
-    @settings(max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=300, suppress_health_check=list(HealthCheck))
     @given(body=mutated(), headers=st.one_of(st.just({}), HEADERS))
     def check(body: bytes, headers: dict[str, str]) -> None:
         answer = http.post(f"/v2/models/{mlp}/infer", content=body, headers=headers)
@@ -322,7 +322,7 @@ def test_no_mutation_of_a_valid_request_is_the_platforms_fault(http: httpx.Clien
 
 
 def test_no_bytes_at_all_are_the_platforms_fault(platform: Platform, mlp: str) -> None:
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, suppress_health_check=list(HealthCheck))
     @given(noise=st.binary(max_size=200), cut=st.integers(0, 120), shape=st.lists(st.integers(-3, 2**40), max_size=3))
     def check(noise: bytes, cut: int, shape: list[int]) -> None:
         body, length = binary(noise, shape=shape)

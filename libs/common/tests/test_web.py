@@ -224,7 +224,7 @@ async def test_openapi_tells_no_lies(app: FastAPI, label: str) -> None:
     schema = schemathesis.openapi.from_asgi("/openapi.json", app).include(name=label)
     (operation,) = (result.ok() for result in schema.get_all_operations() if isinstance(result, Ok))
 
-    @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy())
     def check(case: Any) -> None:
         case.call_and_validate(headers={"Authorization": "Bearer lp_right"})

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from lepton_common import compression
@@ -16,8 +16,6 @@ from lepton_common.signature import DTYPES
 from lepton_common.tensors import to_binary, to_json
 from lepton_gateway.comparison import Comparison, Outputs, compare, decode
 
-# The same examples each time, however slow the machine.
-STEADY = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 Tensor = tuple[str, Any]  # datatype and array
 
 
@@ -127,7 +125,6 @@ def test_what_is_no_answer_is_invalid(headers: dict[bytes, bytes], body: bytes) 
         decode(headers, body)
 
 
-@STEADY
 @given(st.binary(max_size=200), st.one_of(st.none(), st.integers(0, 300)))
 def test_no_bytes_raise_anything_else(junk: bytes, length: int | None) -> None:
     headers = {} if length is None else {b"inference-header-content-length": b"%d" % length}
@@ -211,7 +208,6 @@ def test_classes_agree_whatever_their_scores() -> None:
     assert not agree(outputs(t=text("12:30")), outputs(t=text("13:30")))  # No class: a time of day.
 
 
-@STEADY
 @given(
     arrays.arrays(np.float32, arrays.array_shapes(max_dims=3, max_side=4), elements=st.floats(-1e6, 1e6, width=32)),
     st.floats(-0.0099, 0.0099),

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lepton_common.sketch import bucket_of
 from lepton_common.types import ModelRef
@@ -14,8 +14,6 @@ from lepton_gateway.windows import ASKED, FORCED, QUEUE_FULL, SPLIT, Closed, Cou
 
 from .lab import counted
 
-# The same examples each time, however slow the machine.
-STEADY = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 START = 1_800_000_000.0
 M = ModelRef("acme", "m")
 
@@ -89,7 +87,6 @@ def replay(windows: Windows, clock: Clock, answers: list[Answer]) -> dict[str, C
     return models
 
 
-@STEADY
 @given(ANSWERS)
 def test_windows_add_up_to_the_answers(answers: list[Answer]) -> None:
     windows = Windows(clock := Clock())
@@ -106,7 +103,6 @@ def test_windows_add_up_to_the_answers(answers: list[Answer]) -> None:
     assert len({each.id for each in told}) == len(told)
 
 
-@STEADY
 @given(ANSWERS)
 def test_an_answer_is_in_the_second_in_which_it_was_given_however_the_clock_jumps(answers: list[Answer]) -> None:
     windows = Windows(clock := Clock())
@@ -124,7 +120,6 @@ def test_an_answer_is_in_the_second_in_which_it_was_given_however_the_clock_jump
     assert +found == +expected
 
 
-@STEADY
 @given(ANSWERS)
 def test_prometheus_sees_every_answer_at_once_and_none_twice(answers: list[Answer]) -> None:
     windows = Windows(clock := Clock())
@@ -139,7 +134,6 @@ def test_prometheus_sees_every_answer_at_once_and_none_twice(answers: list[Answe
         closed_of(windows)
 
 
-@STEADY
 @given(st.lists(st.floats(1e-5, 100), max_size=50))
 def test_prometheus_buckets_hold_what_they_say_within_one_percent(latencies: list[float]) -> None:
     counts = Windows(Clock()).of(M)
@@ -306,7 +300,6 @@ def test_who_does_not_say_who_they_are_is_a_user_of_their_own_where_users_are_st
     assert (two.timeouts, two.shed, two.requests) == (1, 1, 2)
 
 
-@STEADY
 @given(ANSWERS, st.lists(st.sampled_from([None, 1, 2, 3]), min_size=60, max_size=60))
 def test_users_are_the_named_ones_and_each_request_of_anybody_else(
     answers: list[Answer], users: list[int | None]

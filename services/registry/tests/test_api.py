@@ -284,7 +284,7 @@ def check_operation(operation: Any) -> None:
     """Whatever fits or misses the operation's schema, its answers are those that the schema tells of."""
     excluded = [positive_data_acceptance] if operation.label in WRONG_BEYOND_SCHEMA else []
 
-    @hypothesis_settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @hypothesis_settings(max_examples=15, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy())
     def check(case: Any) -> None:
         case.call_and_validate(headers={"Authorization": f"Bearer {OPERATOR}"}, excluded_checks=excluded)

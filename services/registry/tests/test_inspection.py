@@ -206,7 +206,7 @@ def test_shapes_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     assert "not a valid ONNX model" in refusal(tmp_path, model(outputs=[wrong]))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_damaged_models_are_refused_or_read_but_never_crash(tmp_path: Path, data: st.DataObject) -> None:
     whole = bytearray(model().SerializeToString())

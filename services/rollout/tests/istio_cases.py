@@ -2,15 +2,14 @@
 
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from lepton_common.types import ModelRef
 
 from .stand_ins import serving
 
 MODEL = ModelRef("acme", "digits")
 HOST = "digits.acme.models.lepton"
-# However busy the machine is.
-PATIENT = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+FEWER = settings(max_examples=50)
 READY = (1, 2, 3)
 RECORD = serving(MODEL, 4, {1: 90, 2: 10}, 3)
 

@@ -37,7 +37,7 @@ def slowly(candidate: int, stable: int, bad: int, odds: float, zero: float) -> f
     return float(np.logaddexp.reduce(terms + k * log(odds)) - np.logaddexp.reduce(terms + k * log(zero)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(windows(400), st.data())
 def test_likelihood_ratios_are_those_of_fishers_noncentral_distribution(
     window: tuple[int, int, int], data: st.DataObject
@@ -51,7 +51,7 @@ def test_likelihood_ratios_are_those_of_fishers_noncentral_distribution(
     assert found == pytest.approx(seen[0] - seen[1], abs=1e-8)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(windows(100_000), ODDS, ODDS)
 def test_sums_that_leave_terms_out_are_exact_to_a_billionth(
     window: tuple[int, int, int], odds: float, other: float
@@ -67,7 +67,6 @@ def test_a_window_that_compares_nothing_says_nothing(bad: tuple[int, int], of: t
     assert odds_ratios(bad, of, [(1.0, [2.0]), (1.5, [1.0])]) == [[], []]
 
 
-@settings(deadline=None)
 @given(windows(1000), ODDS, st.data())
 def test_which_version_is_called_the_candidate_makes_no_difference(
     window: tuple[int, int, int], odds: float, data: st.DataObject
@@ -79,7 +78,6 @@ def test_which_version_is_called_the_candidate_makes_no_difference(
     assert one[0] == pytest.approx(other[0], abs=1e-9)
 
 
-@settings(deadline=None)
 @given(windows(1000), ODDS, st.data())
 def test_good_and_bad_answers_are_mirror_images(window: tuple[int, int, int], odds: float, data: st.DataObject) -> None:
     candidate, stable, bad = window
@@ -89,7 +87,6 @@ def test_good_and_bad_answers_are_mirror_images(window: tuple[int, int, int], od
     assert one[0] == pytest.approx(odds_ratios(good, (candidate, stable), [(1.0, [1 / odds])])[0], abs=1e-9)
 
 
-@settings(deadline=None)
 @given(windows(300), st.floats(0.2, 5), st.floats(0.2, 5))
 def test_one_window_makes_no_wealth_on_average_under_its_null_hypothesis(
     window: tuple[int, int, int], null: float, other: float
@@ -182,7 +179,6 @@ def test_what_is_at_the_margin_is_rarely_proven_to_be_below_it() -> None:
 # --- ratios -----------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.integers(0, 500), st.integers(0, 500), st.floats(0.01, 0.99), st.floats(0.01, 0.99))
 def test_ratios_against_a_ratio_are_binomial(bad: int, good: int, null: float, other: float) -> None:
     of = bad + good
@@ -190,14 +186,12 @@ def test_ratios_against_a_ratio_are_binomial(bad: int, good: int, null: float, o
     assert ratios_against(bad, of, null, [other]) == [pytest.approx(expected, abs=1e-7)]
 
 
-@settings(deadline=None)
 @given(st.floats(0.001, 0.999), st.floats(0.1, 100))
 def test_odds_are_multiplied(ratio: float, factor: float) -> None:
     after = times_odds(ratio, factor)
     assert after / (1 - after) == pytest.approx(factor * ratio / (1 - ratio), rel=1e-6)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 300), st.integers(1, 300), st.sampled_from([0.1, 0.01, 0.001]))
 def test_the_highest_ratio_is_at_least_the_exact_bound(bad: int, more: int, level: float) -> None:
     of = bad + more
@@ -210,7 +204,6 @@ def test_without_data_any_ratio_is_possible() -> None:
     assert interval(0, 0) == (0, 1)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(0, 1000))
 def test_the_interval_is_wilsons(errors: int, more: int) -> None:
     if errors + more:
@@ -221,7 +214,6 @@ def test_the_interval_is_wilsons(errors: int, more: int) -> None:
 # --- splits -----------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2000), st.integers(0, 2000), st.floats(0.001, 0.9))
 def test_a_mismatch_is_a_beta_binomial_against_a_binomial(ours: int, theirs: int, share: float) -> None:
     of = ours + theirs

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lepton.policies import Comparison, Judging, Policy
 from lepton.rollouts import Action
@@ -79,7 +79,6 @@ GOOD = [window(number + 2, 1) for number in range(SECONDS)]
 BAD = [window(number + 2, 25) for number in range(SECONDS)]
 
 
-@settings(deadline=None)
 @given(STREAMS, st.lists(st.floats(0, GAP_S - 1), min_size=SECONDS, max_size=SECONDS), st.data())
 def test_windows_twice_and_out_of_order_change_no_decision(
     windows: list[WindowClosed], delays: list[float], data: st.DataObject
@@ -91,7 +90,6 @@ def test_windows_twice_and_out_of_order_change_no_decision(
     assert decide(arrivals) == decide(in_order(windows))
 
 
-@settings(deadline=None)
 @given(st.sets(st.integers(0, SECONDS - 1)))
 def test_windows_that_never_come_neither_accuse_nor_acquit(missing: set[int]) -> None:
     good = decide(in_order([each for number, each in enumerate(GOOD) if number not in missing]))
@@ -100,7 +98,6 @@ def test_windows_that_never_come_neither_accuse_nor_acquit(missing: set[int]) ->
     assert bad is None or bad[0] is Action.ROLL_BACK
 
 
-@settings(deadline=None)
 @given(STREAMS, st.sets(st.integers(0, SECONDS - 1), max_size=10))
 def test_windows_that_come_when_nobody_waits_any_more_count_as_missing(
     windows: list[WindowClosed], late: set[int]

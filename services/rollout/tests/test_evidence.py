@@ -79,7 +79,7 @@ WINDOWS = st.lists(
 ).map(lambda windows: sorted(windows, key=lambda each: each.second))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(WINDOWS, st.randoms(use_true_random=False))
 def test_repeated_and_reordered_windows_change_nothing(windows: list[Observation], chance: Random) -> None:
     once: list[Observation] = []
@@ -91,7 +91,6 @@ def test_repeated_and_reordered_windows_change_nothing(windows: list[Observation
     assert after(once) == after(again) == after(late)
 
 
-@settings(deadline=None)
 @given(WINDOWS, st.sets(st.integers(BEGIN + 41, BEGIN + 200), max_size=4))
 def test_silence_promotes_nobody_and_takes_nobody_back(windows: list[Observation], silent: set[int]) -> None:
     for stage in (SPLIT, PROVING, BAKE):
@@ -108,7 +107,6 @@ def test_a_version_that_has_fallen_silent_does_not_go_on() -> None:
     assert judge(evidence, SPLIT, Policy()).reason == "waits for requests again"
 
 
-@settings(deadline=None)
 @given(WINDOWS)
 def test_nothing_goes_on_without_time_traffic_and_proof(windows: list[Observation]) -> None:
     evidence = after(windows, PROVING)
@@ -119,7 +117,6 @@ def test_nothing_goes_on_without_time_traffic_and_proof(windows: list[Observatio
         assert all(evidence.trials[kind].proof >= 20 for kind in ("errors", "slow_p95"))
 
 
-@settings(deadline=None)
 @given(WINDOWS)
 def test_evidence_survives_json(windows: list[Observation]) -> None:
     policy = Policy(counters={"refusals": Comparison()}, limits=Limits(max_error_ratio=0.5, max_p99_ms=100))

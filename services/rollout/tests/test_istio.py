@@ -11,7 +11,7 @@ from lepton_rollout.mesh import virtual_service
 from lepton_rollout.ranges import range_regex
 from lepton_rollout.record import TOTAL_WEIGHT
 
-from .istio_cases import HOST, MODEL, PATIENT, READY, RECORD, written
+from .istio_cases import FEWER, HOST, MODEL, READY, RECORD, written
 from .kubernetes import assert_known
 from .stand_ins import assigned, serving
 
@@ -75,7 +75,7 @@ def test_the_objects_are_those_one_would_write_by_hand() -> None:
     assert rule["spec"]["subsets"] == [{"name": f"v{each}", "labels": {"lepton.ai/pool": "cpu"}} for each in READY]
 
 
-@PATIENT
+@FEWER
 @given(st.data())
 def test_the_outside_schema_takes_every_field_of_both_objects_as_it_is(data: st.DataObject) -> None:
     routes, rule = documents(virtual_service(data.draw(_RECORDS)))
@@ -84,7 +84,7 @@ def test_the_outside_schema_takes_every_field_of_both_objects_as_it_is(data: st.
     assert_known("DestinationRule", rule)
 
 
-@PATIENT
+@FEWER
 @given(st.data())
 def test_weights_total_ten_thousand_and_every_subset_named_is_in_the_rule(data: st.DataObject) -> None:
     routes, rule = documents(virtual_service(data.draw(_RECORDS)))
@@ -97,7 +97,7 @@ def test_weights_total_ten_thousand_and_every_subset_named_is_in_the_rule(data: 
     assert "match" not in routes["spec"]["http"][-1]
 
 
-@PATIENT
+@FEWER
 @given(st.integers(0, 9999), st.integers(0, 9999))
 def test_a_range_of_buckets_as_a_regular_expression_matches_its_numbers_and_no_others(one: int, other: int) -> None:
     low, high = sorted((one, other))
@@ -169,7 +169,7 @@ def test_a_normal_form_is_its_own() -> None:
     assert checked(written(spec), RECORD, READY) == spec
 
 
-@PATIENT
+@FEWER
 @given(st.data())
 def test_what_lepton_prints_can_be_applied_and_leads_to_the_same_split(data: st.DataObject) -> None:
     record = data.draw(_RECORDS.filter(lambda record: record.split))

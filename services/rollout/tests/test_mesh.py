@@ -1,7 +1,7 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lepton_common.records import Hand, Serving, Share, Sticky, VersionMatch
 from lepton_common.types import ModelRef
@@ -73,7 +73,6 @@ def test_requests_with_a_matching_header_come_before_the_split() -> None:
     assert routes[0].route == (HTTPRouteDestination("cpu", 2),)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5, unique=True), st.data())
 def test_weights_total_ten_thousand_with_the_stable_version_first(versions: list[int], data: st.DataObject) -> None:
     points = [data.draw(st.integers(1, TOTAL_WEIGHT)) for _ in versions]
@@ -89,7 +88,6 @@ def test_weights_total_ten_thousand_with_the_stable_version_first(versions: list
     assert route.sticky is (len(versions) > 1)
 
 
-@settings(deadline=None)
 @given(st.integers(0, TOTAL_WEIGHT), st.integers(0, TOTAL_WEIGHT))
 def test_a_candidate_that_grows_takes_buckets_from_the_stable_version_alone(one: int, other: int) -> None:
     smaller, larger = (_buckets(weight) for weight in sorted((one, other)))

@@ -336,7 +336,7 @@ REQUESTS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(requests=REQUESTS, slots=st.integers(1, 3), max_rows=st.integers(1, 8))
 def test_every_answer_goes_to_its_owner_and_is_the_one_without_batching(
     requests: list[tuple[int, int, int, str]], slots: int, max_rows: int
