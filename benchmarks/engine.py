@@ -10,6 +10,7 @@ from lepton_common.events import Batching
 from lepton_common.tensors import Array
 from lepton_worker.batcher import Batcher
 from lepton_worker.engine import Engine
+from lepton_worker.usage import Usage
 
 ROWS = 64  # of a full batch
 
@@ -45,7 +46,7 @@ def batcher_rows_per_s(model: Path, columns: int, seconds: float) -> float:
 
 async def _batcher_rows_per_s(model: Path, columns: int, seconds: float) -> float:
     engine = Engine(model, intra_op_threads=1)
-    batcher = Batcher(engine.run, 1, Batching(max_rows=ROWS), mergeable=True)
+    batcher = Batcher(engine.run, 1, Batching(max_rows=ROWS), Usage().of("acme"), mergeable=True)
     row = np.zeros((1, columns), np.float32)
     finished, end = 0, time.monotonic() + seconds
     over = asyncio.Event()

@@ -76,7 +76,7 @@ class Admission:
             and timeout_s > lane.service.expected_s
         ):
             places.free -= 1
-            all_places.free -= 1
+            lane.share.enter()
             model.in_flight += 1
             self._asked += 1
             return True
@@ -118,7 +118,7 @@ class Admission:
         """
         pool = lane.pool
         lane.places.free += 1
-        pool.places.free += 1
+        lane.share.leave()
         lane.model.in_flight -= 1
         if ticket is not None:
             pool.background.free += ticket.background

@@ -61,9 +61,10 @@ class Ticket(Entry, ABC):
 
 
 class Pool:
-    """One pool of workers, as this gateway sees it. `waiting` is how many its queue has."""
+    """One pool of workers, as this gateway sees it. `waiting` is how many its queue has, `busy` how many tenants have
+    requests under way."""
 
-    __slots__ = ("background", "is_pumping", "places", "queue", "waiting")
+    __slots__ = ("_shares", "background", "busy", "is_pumping", "places", "queue", "waiting")
 
     def __init__(self) -> None:
         self.places = Concurrency(_POOL_PLACES, _LEAST_PLACES, _POOL_PLACES)
@@ -71,6 +72,48 @@ class Pool:
         self.queue = Queue[Ticket]()
         self.waiting = 0
         self.is_pumping = False
+        self.busy = 0
+        self._shares: dict[str, Share] = {}
+
+    def share(self, tenant: str) -> "Share":
+        """What the tenant has of the places."""
+        share = self._shares.get(tenant)
+        if share is None:
+            share = self._shares[tenant] = Share(self)
+        return share
+
+
+class Share:
+    """What one tenant has of a pool's places."""
+
+    __slots__ = ("_pool", "in_flight")
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self.in_flight = 0
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the tenant has less than would be its part, were the places divided between all that want some.
+
+        Who has more need not be waited for then: their requests may take long, and come back only together.
+        """
+        pool = self._pool
+        return self.in_flight * (pool.busy + (self.in_flight == 0)) < pool.places.value
+
+    def enter(self) -> None:
+        """A request of the tenant starts."""
+        self._pool.places.free -= 1
+        if self.in_flight == 0:
+            self._pool.busy += 1
+        self.in_flight += 1
+
+    def leave(self) -> None:
+        """One is over."""
+        self._pool.places.free += 1
+        self.in_flight -= 1
+        if self.in_flight == 0:
+            self._pool.busy -= 1
 
 
 class Lane:
@@ -80,10 +123,13 @@ class Lane:
     while requests wait, here or at the worker, it is every one.
     """
 
-    __slots__ = ("_intervals_s", "_starts", "listens", "model", "places", "pool", "service", "unheard", "waiting")
+    __slots__ = (
+        *("_intervals_s", "_starts", "listens", "model", "places", "pool", "service", "share", "unheard", "waiting"),
+    )
 
-    def __init__(self, pool: Pool, model: Use) -> None:
+    def __init__(self, pool: Pool, tenant: str, model: Use) -> None:
         self.pool = pool
+        self.share = pool.share(tenant)
         self.model = model
         self.places = Concurrency(_MODEL_PLACES, _LEAST_PLACES, _POOL_PLACES)
         self.service = Service()
@@ -107,7 +153,7 @@ class Lane:
         pool = self.pool
         if self.places.free <= 0:
             self.places.is_short = True
-        elif pool.places.free <= 0:
+        elif pool.places.free <= 0 and not self.share.is_small:
             pool.places.is_short = True
         elif ticket.background and pool.background.free <= 0:
             pool.background.is_short = True
@@ -123,7 +169,7 @@ class Lane:
     def take(self, ticket: Ticket) -> None:
         """The request has a place."""
         self.places.free -= 1
-        self.pool.places.free -= 1
+        self.share.enter()
         self.pool.background.free -= ticket.background
         self._starts[ticket.background] += 1
 

@@ -84,7 +84,7 @@ class Proxy:
         pool = route.pool if version is None else route.pool_of(version)
         lane = route.lanes.get(pool)
         if lane is None:
-            lane = route.lanes[pool] = Lane(self.admission.pool(pool), route.use)
+            lane = route.lanes[pool] = Lane(self.admission.pool(pool), route.serving.ref.tenant, route.use)
         timeout_s = route.timeout_s if _TIMEOUT not in request.headers else _timeout_s(request, route)
         if not request.background and self.admission.passes(lane, caller, timeout_s):
             self.send(request, route, INFER, version, request.body, user, lane)

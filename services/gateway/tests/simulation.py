@@ -131,7 +131,9 @@ class _Source:
     def __init__(self, simulation: Simulation, traffic: Traffic) -> None:
         self.simulation = simulation
         self.traffic = traffic
-        self.lane = Lane(simulation.admission.pool("cpu"), Use("the model", Limits(max_concurrency=100_000)))
+        self.lane = Lane(
+            simulation.admission.pool("cpu"), traffic.tenant, Use("the model", Limits(max_concurrency=100_000))
+        )
         self.caller = Caller(traffic.tenant, frozenset({Scope.INFER}), f"key of {traffic.tenant}", "")
 
     def arrive(self) -> None:

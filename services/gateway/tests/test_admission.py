@@ -41,7 +41,7 @@ class Door:
         self.unix = 86_400.0 * 20_000 + 86_000
         self.admission = Admission(lambda: self.unix)
         self.use = Use("model 'm'", model or Limits(max_concurrency=10_000))
-        self.lane = Lane(self.admission.pool("cpu"), self.use)
+        self.lane = Lane(self.admission.pool("cpu"), "acme", self.use)
         self.caller = Caller("acme", frozenset({Scope.INFER}), "k", "", limits=key or KeyLimits())
 
     def ask(self, now: float = 0.0, timeout_s: float = 30.0, *, background: bool = False) -> Asked:
@@ -183,6 +183,20 @@ def test_a_caller_that_leaves_the_queue_is_never_run() -> None:
     assert door.use.in_flight == len(running) - 1
 
 
+def test_a_tenant_that_has_little_need_not_wait_for_what_others_have_under_way() -> None:
+    door = Door()
+    pool = door.admission.pool("cpu")
+    for model in ("m", "n"):
+        door.lane = Lane(pool, "flood", Use(model, Limits(max_concurrency=10_000)))
+        door.full()
+    assert pool.places.free == 0
+    started = []
+    for tenant in ("second", "third"):
+        door.lane = Lane(pool, tenant, Use("model 'm'", Limits(max_concurrency=10_000)))
+        started.append(len(door.full()) - 1)
+    assert started == [256, 171], "what one model may have, and a third of the places"
+
+
 def test_one_tenant_alone_cannot_fill_the_queue() -> None:
     door = Door()
     door.full()
@@ -190,7 +204,7 @@ def test_one_tenant_alone_cannot_fill_the_queue() -> None:
         door.ask()
     with pytest.raises(Limited, match="tenant 'acme' has 2048 requests of 20480 bytes waiting, its share of the queue"):
         door.ask()
-    other = Asked(Lane(door.admission.pool("cpu"), Use("model 'n'", Limits())), 0.0, 30.0)
+    other = Asked(Lane(door.admission.pool("cpu"), "other", Use("model 'n'", Limits())), 0.0, 30.0)
     other.tenant = "other"
     door.admission.enter(other, door.caller)
     assert other.started

@@ -148,7 +148,7 @@ class Gateway:
     def __init__(self, etcd: EtcdClient, clock_s: list[float]) -> None:
         self.admission = Admission(lambda: clock_s[0])
         self.quotas = Quotas(etcd, self.admission)
-        self._lane = Lane(self.admission.pool("cpu"), Use("model 'm'", Limits()))
+        self._lane = Lane(self.admission.pool("cpu"), "acme", Use("model 'm'", Limits()))
         self._caller = Caller("acme", frozenset({Scope.INFER}), "key-1", "", limits=KeyLimits(per_day=100))
 
     def ask(self, times: int) -> None:

@@ -16,6 +16,7 @@ from lepton_worker.cache import Cache
 from lepton_worker.domain import ModelFailed, NotLoaded, Verdict, wanted
 from lepton_worker.engine import Engine, trim_memory
 from lepton_worker.lane import Lane
+from lepton_worker.usage import Usage
 from lepton_worker.warmup import warm_up
 
 _LOADS_AT_ONCE = 2
@@ -75,6 +76,7 @@ class Assignments:
         self._cache = cache
         self._examiner = examiner
         self._resources = resources
+        self._usage = Usage()
         self._residents: dict[VersionRef, Resident] = {}
         self._lanes: dict[VersionRef, Lane] = {}
         self._due = asyncio.Event()
@@ -209,7 +211,8 @@ class Assignments:
                 return engine
 
             engine = await asyncio.to_thread(load)
-        return Lane(resident.ref, engine, verdict, assigned.batching, resources.instances)
+        account = self._usage.of(resident.ref.model.tenant)
+        return Lane(resident.ref, engine, verdict, assigned.batching, resources.instances, account)
 
     async def _unload(self, resident: Resident) -> None:
         await asyncio.sleep(self._resources.linger_s)

@@ -2,11 +2,16 @@
 
 A lone request runs at once, so batching costs it nothing; batches form by themselves while all slots are busy.
 Everything happens on the loop's thread, except for `_serve_slot`.
+
+Runs share the cores. Those of a tenant that uses more of them than others go on threads of a lower priority: the kernel
+interrupts them for the others' runs, so that a flood of large batches hardly delays anybody else, and wastes nothing.
 """
 
 import asyncio
 import math
+import os
 import queue
+import sys
 import threading
 import time
 from collections import deque
@@ -19,14 +24,19 @@ from lepton_common.events import Batching
 from lepton_common.tensors import Array
 
 from lepton_worker.buckets import ALONE, Batch, Buckets, Done, Key, Outputs, Work
+from lepton_worker.usage import Account
 
 Run = Callable[[Mapping[str, Array]], Outputs]
+Batches = queue.SimpleQueue["Batch | None"]
 
 # Handing a batch to a thread and back takes both threads about this long: what is quicker runs on the loop's thread.
 _QUICK_S = 200e-6
 _SWEEP_S = 0.05  # how late a queued request may hear that its time is up
 _SMOOTHING = 0.1
 _MAX_SHAPES = 256  # whose run times are remembered
+# A tenth of what others get of a core. With still less (19) a thread would hold the interpreter's lock and not get on:
+# measured, others then wait longer than without.
+_NICE = 10
 _MAX_SIZES = 1024  # of runs, that are told apart: callers choose them
 
 
@@ -63,12 +73,14 @@ class Statistics:
 
 
 class Batcher:
-    """Runs requests of one version in `slots` threads, one by one when they are not `mergeable`."""
+    """Runs requests of one version, `slots` batches at a time, one by one when they are not `mergeable`. `account` is
+    its tenant's."""
 
-    def __init__(self, run: Run, slots: int, batching: Batching, *, mergeable: bool) -> None:
+    def __init__(self, run: Run, slots: int, batching: Batching, account: Account, *, mergeable: bool) -> None:
         self.statistics = Statistics()
         self._run = run
         self._slots = slots
+        self._account = account
         self._mergeable = mergeable
         self.limit(batching)
         self._loop = asyncio.get_running_loop()
@@ -81,10 +93,9 @@ class Batcher:
         self._idle = asyncio.Event()
         self._run_s: dict[Key, float] = {}  # how long runs take, by bucket; smoothed
         self._row_s = 0.0
-        self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._serve_slot, name="slot", daemon=True) for _ in range(slots)]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        self._batches = self._begin_threads(0)
+        self._yielding: Batches | None = None
 
     @property
     def queued_rows(self) -> int:
@@ -141,8 +152,10 @@ class Batcher:
                 self._finish(work, Unavailable("the version was unloaded before the request could run"))
         if self._sweeper is not None:
             self._sweeper.cancel()
-        for _ in self._threads:
-            self._batches.put(None)
+        for batches in (self._batches, self._yielding):
+            if batches is not None:
+                for _ in range(self._slots):
+                    batches.put(None)
         if self._free_slots == self._slots:
             await asyncio.to_thread(self._join)
 
@@ -188,7 +201,11 @@ class Batcher:
                     self._schedule()
                 break  # One a turn: the loop serves others in between.
             self._free_slots -= 1
-            self._batches.put(batch)
+            if self._account.is_large:
+                self._yielding = self._yielding or self._begin_threads(_NICE)
+                self._yielding.put(batch)
+            else:
+                self._batches.put(batch)
         if not self._waiting and not self._retries and self._free_slots == self._slots:
             self._idle.set()
         elif self._waiting:
@@ -214,8 +231,19 @@ class Batcher:
             self._expire(work)
         self._dispatch()
 
-    def _serve_slot(self) -> None:
-        while (batch := self._batches.get()) is not None:
+    def _begin_threads(self, nice: int) -> Batches:
+        """One for each slot, which run what is put into the queue."""
+        batches: Batches = queue.SimpleQueue()
+        for _ in range(self._slots):
+            thread = threading.Thread(target=self._serve_slot, args=(batches, nice), name="slot", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        return batches
+
+    def _serve_slot(self, batches: Batches, nice: int) -> None:
+        if nice and sys.platform == "linux":  # Elsewhere the number is of a process.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+        while (batch := batches.get()) is not None:
             self._loop.call_soon_threadsafe(self._finished, batch, *self._timed_run(batch))
             del batch  # Nothing is kept alive while the slot waits.
 
@@ -231,6 +259,7 @@ class Batcher:
 
     def _finished(self, batch: Batch, outcome: Outputs | Exception, started: float, ended: float) -> None:
         self._free_slots += 1
+        self._account.add(ended - started, ended)
         accepted = self._accept(batch, outcome, started, ended)
         # The next batch runs while these answers are written.
         self._dispatch()

@@ -11,6 +11,7 @@ from lepton_common.types import VersionRef
 from lepton_worker.batcher import Batcher
 from lepton_worker.domain import Verdict
 from lepton_worker.engine import Engine
+from lepton_worker.usage import Account
 
 PLATFORM = "onnxruntime_onnx"
 
@@ -20,13 +21,21 @@ _CONFIG_TYPES = {"BYTES": "TYPE_STRING"}
 class Lane:
     """Serves one version. Made on the loop's thread, around an engine that was loaded elsewhere."""
 
-    def __init__(self, ref: VersionRef, engine: Engine, verdict: Verdict, batching: Batching, instances: int) -> None:
+    def __init__(
+        self,
+        ref: VersionRef,
+        engine: Engine,
+        verdict: Verdict,
+        batching: Batching,
+        instances: int,
+        account: Account,
+    ) -> None:
         self.ref = ref
         self.model = ref.model.model
         self.version = str(ref.version)
         self.signature = engine.signature
         self.labels = engine.labels
-        self.batcher = Batcher(engine.run, instances, batching, mergeable=verdict.batchable)
+        self.batcher = Batcher(engine.run, instances, batching, account, mergeable=verdict.batchable)
         self.timeout_s = Limits().timeout_ms / 1000
         self.version_header = b"x-lepton-version: %d\r\n" % ref.version
         self.json_headers = http11.JSON + self.version_header

@@ -1,5 +1,6 @@
 import asyncio
 import math
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -15,6 +16,7 @@ from lepton_common.events import Batching
 from lepton_common.tensors import Array
 from lepton_worker.batcher import Batcher, Statistics
 from lepton_worker.buckets import Outputs, Work
+from lepton_worker.usage import Usage
 
 NEVER = math.inf
 
@@ -62,9 +64,10 @@ async def batching(
     max_rows: int = 8,
     max_queued_rows: int = 100,
     mergeable: bool = True,
+    usage: Usage | None = None,
 ) -> AsyncIterator[Caller]:
     limits = Batching(max_rows=max_rows, max_queued_rows=max_queued_rows)
-    batcher = Batcher(run, slots, limits, mergeable=mergeable)
+    batcher = Batcher(run, slots, limits, (usage or Usage()).of("acme"), mergeable=mergeable)
     yield Caller(batcher)
     await batcher.close(5)
 
@@ -304,6 +307,26 @@ async def test_slots_run_side_by_side() -> None:
     async with batching(run, slots=3, mergeable=False) as caller:
         answers = await asyncio.gather(*(caller.ask(row(number)) for number in range(3)))
     assert [answer["y"].tolist() for answer in answers] == [[[0]], [[1]], [[2]]]
+
+
+async def test_a_tenant_that_uses_more_than_others_runs_at_a_lower_priority() -> None:
+    usage = Usage()
+    seen: list[int] = []
+
+    def run(inputs: Mapping[str, Array]) -> Outputs:
+        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return {"y": inputs["x"]}
+
+    async with batching(run, slots=2, mergeable=False, usage=usage) as caller:
+        await caller.ask(row(0))
+        usage.add("other", 1.0, time.monotonic())
+        await caller.ask(row(0))
+        usage.add("acme", 2.0, time.monotonic())
+        await caller.ask(row(0))
+        usage.add("other", 2.0, time.monotonic())
+        await caller.ask(row(0))
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert [each - own for each in seen] == [0, 0, 10, 0]
 
 
 async def test_quick_models_run_on_the_loops_thread_and_slow_ones_never() -> None:

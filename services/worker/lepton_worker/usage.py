@@ -1,0 +1,48 @@
+"""Which tenants use more of a worker's cores than others, and are to let them go first. Pure: times are arguments."""
+
+import math
+
+# What was used so long ago counts a third.
+_MEMORY_S = 2.0
+_NEGLIGIBLE_S = 1e-3
+
+
+class Usage:
+    """The seconds that runs took lately, by tenant."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._at = 0.0
+
+    def of(self, tenant: str) -> "Account":
+        return Account(self, tenant)
+
+    def add(self, tenant: str, seconds: float, now: float) -> None:
+        """A run of the tenant's took so long, until `now`, a monotonic time."""
+        kept = math.exp((self._at - now) / _MEMORY_S)
+        self._at = now
+        self._seconds = {each: used * kept for each, used in self._seconds.items() if used * kept > _NEGLIGIBLE_S}
+        self._seconds[tenant] = self._seconds.get(tenant, 0.0) + seconds
+
+    def is_large(self, tenant: str) -> bool:
+        """Whether the tenant used more than the mean of those that used anything."""
+        return self._seconds.get(tenant, 0.0) * len(self._seconds) > sum(self._seconds.values())
+
+
+class Account:
+    """One tenant's usage."""
+
+    __slots__ = ("_tenant", "_usage")
+
+    def __init__(self, usage: Usage, tenant: str) -> None:
+        self._usage = usage
+        self._tenant = tenant
+
+    def add(self, seconds: float, now: float) -> None:
+        """See `Usage.add`."""
+        self._usage.add(self._tenant, seconds, now)
+
+    @property
+    def is_large(self) -> bool:
+        """See `Usage.is_large`."""
+        return self._usage.is_large(self._tenant)
