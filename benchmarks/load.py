@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -62,6 +63,24 @@ def _run_wrk(url: str, body: bytes, connections: int, seconds: float) -> Load:
     return Load(int(requests), requests / (micros / 1e6), p50 / 1e3, p99 / 1e3, int(errors))
 
 
+def run_h2load(
+    url: str, body: bytes, headers: Sequence[str] = (), *, connections: int, seconds: float, http1: bool = False
+) -> Load:
+    """As `run`, over HTTP/2 unless `http1`. Needs h2load, which costs more CPU a request than wrk."""
+    with tempfile.TemporaryDirectory() as folder:
+        data, log = Path(folder, "body"), Path(folder, "log")
+        data.write_bytes(body)
+        command: list[str | Path] = ["h2load", "-t1", f"-c{connections}", "-m1", f"-D{round(seconds)}", "-d", data]
+        command += [part for each in headers for part in ("-H", each)] + ["--h1"] * http1
+        subprocess.run([*command, f"--log-file={log}", url], check=True, capture_output=True)
+        # start in Unix time, status, time taken; both in microseconds
+        calls = [tuple(map(int, line.split()[:3])) for line in log.read_text().splitlines()]
+    took_s = (max(start + took for start, _, took in calls) - min(start for start, _, _ in calls)) / 1e6
+    latencies_ms = sorted(took / 1e3 for _, _, took in calls)
+    at = [latencies_ms[int(len(calls) * share)] for share in (0.5, 0.99)]
+    return Load(len(calls), len(calls) / took_s, at[0], at[1], sum(status != 200 for _, status, _ in calls))
+
+
 def run_grpc(address: str, message: bytes, *, connections: int, seconds: float) -> Load:
     """Call ModelInfer with `message` over `connections` connections, each with one call in flight. Needs h2load.
 
@@ -69,18 +88,9 @@ def run_grpc(address: str, message: bytes, *, connections: int, seconds: float) 
     """
     with grpc.insecure_channel(address) as channel:
         channel.unary_unary(_MODEL_INFER)(message, timeout=10)  # type: ignore[arg-type] # of any type without a serializer
-    with tempfile.TemporaryDirectory() as folder:
-        body, log = Path(folder, "message"), Path(folder, "log")
-        body.write_bytes(b"\0" + len(message).to_bytes(4, "big") + message)
-        command: list[str | Path] = ["h2load", "-t1", f"-c{connections}", "-m1", f"-D{round(seconds)}", "-d", body]
-        command += ["-H", "content-type: application/grpc", "-H", "te: trailers", f"--log-file={log}"]
-        subprocess.run([*command, f"http://{address}{_MODEL_INFER}"], check=True, capture_output=True)
-        # start in Unix time, status, time taken; both in microseconds
-        calls = [tuple(map(int, line.split()[:3])) for line in log.read_text().splitlines()]
-    took_s = (max(start + took for start, _, took in calls) - min(start for start, _, _ in calls)) / 1e6
-    latencies_ms = sorted(took / 1e3 for _, _, took in calls)
-    at = [latencies_ms[int(len(calls) * share)] for share in (0.5, 0.99)]
-    return Load(len(calls), len(calls) / took_s, at[0], at[1], sum(status != 200 for _, status, _ in calls))
+    body = b"\0" + len(message).to_bytes(4, "big") + message
+    headers = ("content-type: application/grpc", "te: trailers")
+    return run_h2load(f"http://{address}{_MODEL_INFER}", body, headers, connections=connections, seconds=seconds)
 
 
 async def _run_bundled(url: str, body: bytes, connections: int, seconds: float) -> Load:

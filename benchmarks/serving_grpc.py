@@ -3,8 +3,8 @@
     python -m benchmarks.serving_grpc [--rounds N] [--seconds S]
 
 Medians of rounds in which every candidate is measured once, one after the other, with a row of 64 floats, then 1,024.
-HTTP carries them as JSON, gRPC as a raw tensor, which is how their clients send them. The load generators (wrk, h2load)
-run on the same machine.
+HTTP carries them as JSON, gRPC as a raw tensor, which is how their clients send them. The load generator (h2load, for
+both) runs on the same machine.
 """
 
 import argparse
@@ -77,7 +77,9 @@ def main() -> None:
 def measured(sizes: tuple[int, ...], rounds: int, seconds: float) -> list[Candidate]:
     tensor = {"name": "x", "shape": [1, sizes[0]], "datatype": "FP32", "data": [0.123456] * sizes[0]}
     body, request = json.dumps({"inputs": [tensor]}).encode(), message(sizes[0])
-    http = partial(load.run, body=body, connections=CONNECTIONS)
+    http = partial(
+        load.run_h2load, body=body, headers=["content-type: application/json"], connections=CONNECTIONS, http1=True
+    )
     grpc = partial(load.run_grpc, message=request, connections=CONNECTIONS)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -14,6 +14,8 @@ from lepton_common.http11_request import Buffer
 from lepton_gateway import inference_pb2 as pb
 from lepton_gateway.rpc_codec import CONTENTS, LENGTH_BYTES, MAX_USUAL_BYTES
 
+_ID = pb.ModelInferResponse.ID_FIELD_NUMBER
+_ID_KEY = b',"id":"'  # behind the model's name and version, so that it is met first
 _RAW_OUTPUT = pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER
 
 
@@ -23,13 +25,22 @@ def encode_response(body: bytes, header_length: int, *, typed: bool, final: bool
     if typed:
         return [_typed_response(head, memoryview(body)[header_length:], final).SerializeToString()]
     describe = _described if header_length <= MAX_USUAL_BYTES else _described.__wrapped__
-    first, tags = describe(head, final)
-    pieces: list[Buffer] = [first]
+    usual, identity = _split(head)
+    first, tags = describe(usual, final)
+    pieces: list[Buffer] = [first, tagged(_ID, len(identity)), identity] if identity else [first]
     view, offset = memoryview(body), header_length
     for tag, size in tags:
         pieces += (tag, view[offset : offset + size])
         offset += size
     return pieces
+
+
+def _split(head: bytes) -> tuple[bytes, bytes]:
+    """The head with an empty id, the same for all answers of a kind, and the id. One with escapes stays in the head."""
+    start = head.index(_ID_KEY) + len(_ID_KEY)
+    end = head.index(b'"', start)
+    identity = head[start:end]
+    return (head, b"") if b"\\" in identity else (head[:start] + head[end:], identity)
 
 
 @lru_cache(maxsize=1024)

@@ -153,6 +153,15 @@ def test_an_answer_is_the_message_that_protobuf_would_make(datatype: str, typed:
         assert list(getattr(response.outputs[1].contents, FIELDS[datatype])) == array.tolist()
 
 
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_an_answer_has_its_own_id(identity: str) -> None:
+    output = {"name": "y", "datatype": "INT8", "shape": [2], "parameters": {"binary_data_size": 2}}
+    head = orjson.dumps({"model_name": "m", "model_version": "3", "id": identity, "outputs": [output]})
+    pieces = encode_response(head + b"ab", len(head), typed=False, final=False)
+    response = pb.ModelInferResponse.FromString(b"".join(pieces))
+    assert (response.id, list(response.raw_output_contents)) == (identity, [b"ab"])
+
+
 def broken(change: str) -> pb.ModelInferRequest:
     request = request_of("INT8", np.array([1], np.int8), typed=True)
     tensor = request.inputs[0]
