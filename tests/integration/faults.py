@@ -38,6 +38,13 @@ def wrong(body: bytes, version: str) -> str:
     return "" if np.allclose(scores, expected, rtol=1e-4, atol=1e-4) else f"version {version} answered {scores}"
 
 
+def wrong_raw(body: bytes, version: str) -> str:
+    """As `wrong`, of an answer's raw tensor."""
+    scores = np.frombuffer(body, np.float32)
+    expected = onnx_models.mlp_scores(ROW, int(version)).ravel()
+    return "" if np.allclose(scores, expected, rtol=1e-4, atol=1e-4) else f"version {version} answered {scores}"
+
+
 def load_on(platform: Platform, model: str, *, port: int | None = None, timeout_ms: int | None = None) -> Load:
     """Load on a checked model, through the front door unless `port` is another one. Every answer is checked. Callers
     breathe between two requests: as fast as they can, they would take the cores from what is tested."""

@@ -175,8 +175,11 @@ class Load:
 class GrpcLoad(Load):
     """The same over gRPC: each caller has a channel of its own."""
 
-    def __init__(self, port: int, request: service_pb2.ModelInferRequest, *, callers: int, pause_s: float) -> None:
-        super().__init__(port, "", b"", callers=callers, pause_s=pause_s, at_most_s=220)
+    def __init__(
+        self, port: int, request: service_pb2.ModelInferRequest, *, callers: int, check: Check, pause_s: float
+    ) -> None:
+        """`check` gets an answer's first tensor."""
+        super().__init__(port, "", b"", callers=callers, check=check, pause_s=pause_s, at_most_s=220)
         self._request = request
 
     def _connection(self) -> grpc.Channel:
@@ -191,4 +194,6 @@ class GrpcLoad(Load):
         latency_s = time.monotonic() - begun_s
         if code is not grpc.StatusCode.OK:
             return Answer(begun_s, latency_s, code.value[0], "", f"{code.name}: {call.details()}")
-        return Answer(begun_s, latency_s, 200, dict(call.trailing_metadata())["x-lepton-version"], "")
+        version = dict(call.trailing_metadata())["x-lepton-version"]
+        failure = self._check(call.result().raw_output_contents[0], version)
+        return Answer(begun_s, latency_s, 200, version, failure)

@@ -26,6 +26,7 @@ from .faults import (
     start_rollout,
     swap,
     wait_for_workers,
+    wrong_raw,
 )
 from .load import GrpcLoad
 from .local_platform import Platform, running_platform, until
@@ -203,7 +204,7 @@ def test_callers_wait_for_a_gateway_that_is_killed_or_restarted(victim: Platform
 def test_callers_over_grpc_notice_nothing_of_workers_killed_and_gateways_restarted(victim: Platform) -> None:
     request = service_pb2.ModelInferRequest(model_name=MODEL, raw_input_contents=[ROW.tobytes()])
     request.inputs.add(name="x", datatype="FP32", shape=ROW.shape)
-    with GrpcLoad(victim.port, request, callers=CALLERS, pause_s=0.01) as load:
+    with GrpcLoad(victim.port, request, callers=CALLERS, check=wrong_raw, pause_s=0.01) as load:
         for end, part in ((victim.kill, "worker-1"), (victim.stop, "gateway"), (victim.kill, "gateway")):
             load.wait_for(100)
             end(part)

@@ -40,10 +40,11 @@ def _length(number: int) -> bytes:
 
 
 class RequestHead:
-    """A request's headers, checked. Shared by all requests with the same block of bytes, so never changed.
+    """A request's headers, checked. Shared by all requests with the same block of bytes, so never changed, but for the
+    `notes`, where a handler may keep what it made of them.
 
     `headers` has lower-case names, repeats joined by ", ", without the pseudo-headers; `host` is :authority's, `length`
-    is content-length's, or -1. In `notes` a handler may keep what it made of them.
+    is content-length's, or -1.
     """
 
     __slots__ = ("headers", "host", "length", "method", "notes", "path")

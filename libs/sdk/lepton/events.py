@@ -23,7 +23,9 @@ LOUD = frozenset({"lepton.telemetry", "lepton.windows", "lepton.inference.reques
 _SECRET_HEADERS = frozenset({"authorization", "ce_authorization", "proxy-authorization", "x-api-key", "cookie"})
 _KEYS = re.compile(r"lp_[A-Za-z0-9_-]{20,}")
 _TIMEOUT_S = 10.0
-_MOST_SORTED = 100_000  # records of the past that are held to be put in order
+# Of the past, what is held to be put in order; and how long nothing may come meanwhile.
+_MOST_HELD_BYTES = 64 << 20
+_QUIET_S = 1.0
 _SEND_S = 30.0
 
 Header = tuple[str, str | bytes | None]
@@ -117,18 +119,23 @@ class Kafka:
             consumer.assign([self._client.TopicPartition(*each, start) for each in partitions])
             unread = set(partitions)
             past: list[Record] = []
+            held_bytes, came_at = 0, time.monotonic()
             while follow or unread:
                 for message in consumer.consume(500, 0.2):
                     error = message.error()
                     if error is None:
                         past.append(_record(message))
+                        held_bytes += len(message)
+                        came_at = time.monotonic()
                     elif error.code() == self._client.KafkaError._PARTITION_EOF:
                         unread.discard((message.topic(), message.partition()))
                     else:
                         raise Unreachable(f"Kafka at {self._servers} says: {error.str()}")
-                if not unread or not from_beginning or len(past) > _MOST_SORTED:
-                    yield from sorted(past, key=lambda each: each.at)
+                is_quiet = time.monotonic() - came_at > _QUIET_S
+                if not unread or not from_beginning or is_quiet or held_bytes > _MOST_HELD_BYTES:
+                    yield from _by_time(past)
                     past.clear()
+                    held_bytes = 0
 
     def send(self, topic: str, key: bytes | None, value: bytes | None, headers: Sequence[Header]) -> None:
         """The message is stored. Raises Unreachable when it may not be."""
@@ -197,6 +204,17 @@ def _record(message: Any) -> Record:
         [(name, value or b"") for name, value in headers],
         message.value(),
     )
+
+
+def _by_time(records: Sequence[Record]) -> list[Record]:
+    """The oldest first; those of one partition as they are in it, whatever clocks their producers have."""
+    latest: dict[tuple[str, int], datetime] = {}
+    times = []
+    for each in records:
+        place = each.topic, each.partition
+        latest[place] = max(each.at, latest.get(place, each.at))
+        times.append(latest[place])
+    return [record for _, record in sorted(zip(times, records, strict=True), key=lambda each: each[0])]
 
 
 def _clean(value: bytes) -> str:

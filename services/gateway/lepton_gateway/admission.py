@@ -76,7 +76,7 @@ class Admission:
             and timeout_s > lane.service.expected_s
         ):
             places.free -= 1
-            lane.share.enter()
+            lane.part.enter()
             model.in_flight += 1
             self._asked += 1
             return True
@@ -118,7 +118,7 @@ class Admission:
         """
         pool = lane.pool
         lane.places.free += 1
-        lane.share.leave()
+        lane.part.leave()
         lane.model.in_flight -= 1
         if ticket is not None:
             pool.background.free += ticket.background

@@ -8,6 +8,8 @@ from lepton_common.http11_request import Buffer, Head, Request
 
 Handle = Callable[[Request], None]
 
+_ID = b"\r\nx-request-id: "
+
 
 class Answer:
     """What the gateway says to one request, as HTTP says it; `then` is called with it once it is there."""
@@ -24,12 +26,14 @@ class Answer:
     def answer(self, head: Head, status: int, headers: bytes, body: Buffer | Sequence[Buffer]) -> None:
         """See `http11_request.Answerer`."""
         self.status = status
-        # The last one is the request's own id; the others are the same for many.
-        usual, _, last = headers[:-2].rpartition(b"\r\n")
+        # What stands before the request's own id is the same for many.
+        usual, _, own = headers.partition(_ID)
         self.headers = _headers_of(usual).copy()
-        if last:
-            name, _, value = last.partition(b": ")
-            self.headers[name] = value
+        if own:
+            identity, _, rest = own.partition(b"\r\n")
+            self.headers[b"x-request-id"] = identity
+            if rest:
+                self.headers |= _headers_of.__wrapped__(rest)
         self.body = bytes(body) if isinstance(body, Buffer) else b"".join(body)
         then, self._then = self._then, None  # It leads back to here: both bodies would be garbage in a cycle.
         if then is not None:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 from lepton_common.errors import LeptonError
 
@@ -9,8 +10,10 @@ from lepton_gateway.concurrency import Concurrency, Service
 from lepton_gateway.fairness import Entry, Queue
 from lepton_gateway.limits import Use
 
-# A pool has as many places as there are connections into the mesh, a model half of them, until they turn out too many.
+# A pool has so many places, a model half of them, until they turn out too many.
 _POOL_PLACES = 512
+# With what goes beyond the places, see `Part`: so many connections into the mesh, or requests would wait for one.
+MOST_UNDER_WAY = 2 * _POOL_PLACES
 _MODEL_PLACES = 256
 _BACKGROUND_PLACES = 64
 _LEAST_PLACES = 2
@@ -64,7 +67,7 @@ class Pool:
     """One pool of workers, as this gateway sees it. `waiting` is how many its queue has, `busy` how many tenants have
     requests under way."""
 
-    __slots__ = ("_shares", "background", "busy", "is_pumping", "places", "queue", "waiting")
+    __slots__ = ("_parts", "background", "busy", "is_pumping", "places", "queue", "waiting")
 
     def __init__(self) -> None:
         self.places = Concurrency(_POOL_PLACES, _LEAST_PLACES, _POOL_PLACES)
@@ -73,20 +76,20 @@ class Pool:
         self.waiting = 0
         self.is_pumping = False
         self.busy = 0
-        self._shares: dict[str, Share] = {}
+        self._parts: WeakValueDictionary[str, Part] = WeakValueDictionary()
 
-    def share(self, tenant: str) -> "Share":
+    def part(self, tenant: str) -> "Part":
         """What the tenant has of the places."""
-        share = self._shares.get(tenant)
-        if share is None:
-            share = self._shares[tenant] = Share(self)
-        return share
+        part = self._parts.get(tenant)
+        if part is None:
+            part = self._parts[tenant] = Part(self)
+        return part
 
 
-class Share:
+class Part:
     """What one tenant has of a pool's places."""
 
-    __slots__ = ("_pool", "in_flight")
+    __slots__ = ("__weakref__", "_pool", "in_flight")
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -94,12 +97,13 @@ class Share:
 
     @property
     def is_small(self) -> bool:
-        """Whether the tenant has less than would be its part, were the places divided between all that want some.
+        """Whether the tenant has less than its part, were the places divided between those that have some.
 
-        Who has more need not be waited for then: their requests may take long, and come back only together.
+        Who has more need not be waited for then: their requests may take long, and come back only together. All in all
+        no more than twice the places may be taken so.
         """
         pool = self._pool
-        return self.in_flight * (pool.busy + (self.in_flight == 0)) < pool.places.value
+        return self.in_flight * pool.busy < pool.places.value and pool.places.free > -pool.places.value
 
     def enter(self) -> None:
         """A request of the tenant starts."""
@@ -124,12 +128,12 @@ class Lane:
     """
 
     __slots__ = (
-        *("_intervals_s", "_starts", "listens", "model", "places", "pool", "service", "share", "unheard", "waiting"),
+        *("_intervals_s", "_starts", "listens", "model", "part", "places", "pool", "service", "unheard", "waiting"),
     )
 
     def __init__(self, pool: Pool, tenant: str, model: Use) -> None:
         self.pool = pool
-        self.share = pool.share(tenant)
+        self.part = pool.part(tenant)
         self.model = model
         self.places = Concurrency(_MODEL_PLACES, _LEAST_PLACES, _POOL_PLACES)
         self.service = Service()
@@ -153,7 +157,7 @@ class Lane:
         pool = self.pool
         if self.places.free <= 0:
             self.places.is_short = True
-        elif pool.places.free <= 0 and not self.share.is_small:
+        elif pool.places.free <= 0 and (ticket.background or not self.part.is_small):
             pool.places.is_short = True
         elif ticket.background and pool.background.free <= 0:
             pool.background.is_short = True
@@ -169,7 +173,7 @@ class Lane:
     def take(self, ticket: Ticket) -> None:
         """The request has a place."""
         self.places.free -= 1
-        self.share.enter()
+        self.part.enter()
         self.pool.background.free -= ticket.background
         self._starts[ticket.background] += 1
 

@@ -32,6 +32,7 @@ from lepton_gateway.api import Api
 from lepton_gateway.async_inference import GROUP, AsyncInference
 from lepton_gateway.async_room import Room, yield_to_callers
 from lepton_gateway.callers import Callers
+from lepton_gateway.lanes import MOST_UNDER_WAY
 from lepton_gateway.logs import LogSettings
 from lepton_gateway.metrics import Metrics, metrics_page
 from lepton_gateway.proxy import Proxy
@@ -97,7 +98,8 @@ def build(settings: Settings, telemetry: Telemetry, etcd: EtcdClient, windows: W
 def upstreams(settings: Settings) -> tuple[Upstream, Upstream]:
     """The mesh for requests, and for copies."""
     host, _, port = settings.mesh.rpartition(":")
-    return Upstream(host, int(port)), Upstream(host, int(port), UpstreamLimits(max_connections=MAX_COPIES))
+    limits, of_copies = (UpstreamLimits(max_connections=most) for most in (MOST_UNDER_WAY, MAX_COPIES))
+    return Upstream(host, int(port), limits), Upstream(host, int(port), of_copies)
 
 
 def listen(service: Service, settings: Settings, server: Server, rpc: RpcApi) -> None:

@@ -195,6 +195,25 @@ def test_a_tenant_that_has_little_need_not_wait_for_what_others_have_under_way()
         door.lane = Lane(pool, tenant, Use("model 'm'", Limits(max_concurrency=10_000)))
         started.append(len(door.full()) - 1)
     assert started == [256, 171], "what one model may have, and a third of the places"
+    door.lane = Lane(pool, "fourth", Use("model 'm'", Limits(max_concurrency=10_000)))
+    asked = Asked(door.lane, 0.0, 30.0)
+    asked.background = True
+    door.admission.enter(asked, door.caller)
+    assert not asked.started, "work in the background waits behind callers"
+
+
+def test_many_tenants_with_little_have_no_more_than_twice_the_places() -> None:
+    door = Door()
+    pool = door.admission.pool("cpu")
+    lanes = [Lane(pool, str(tenant), Use("model 'm'", Limits(max_concurrency=10_000))) for tenant in range(1100)]
+    asked = []
+    for door.lane in lanes:
+        asked.append(door.ask())
+    assert sum(each.started for each in asked) == 1024
+    for each in asked:  # Each answer lets in one that waits.
+        door.lane = each.lane
+        door.answer(each, 0.1)
+    assert (pool.busy, pool.places.in_flight, pool.waiting) == (0, 0, 0)
 
 
 def test_one_tenant_alone_cannot_fill_the_queue() -> None:

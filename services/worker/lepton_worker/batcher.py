@@ -37,6 +37,7 @@ _MAX_SHAPES = 256  # whose run times are remembered
 # A tenth of what others get of a core. With still less (19) a thread would hold the interpreter's lock and not get on:
 # measured, others then wait longer than without.
 _NICE = 10
+_LEAST_PRIORITY = 19
 _MAX_SIZES = 1024  # of runs, that are told apart: callers choose them
 
 
@@ -201,11 +202,7 @@ class Batcher:
                     self._schedule()
                 break  # One a turn: the loop serves others in between.
             self._free_slots -= 1
-            if self._account.is_large:
-                self._yielding = self._yielding or self._begin_threads(_NICE)
-                self._yielding.put(batch)
-            else:
-                self._batches.put(batch)
+            self._queue().put(batch)
         if not self._waiting and not self._retries and self._free_slots == self._slots:
             self._idle.set()
         elif self._waiting:
@@ -231,21 +228,40 @@ class Batcher:
             self._expire(work)
         self._dispatch()
 
+    def _queue(self) -> Batches:
+        """Of the threads that are to run what comes next."""
+        if not self._account.is_large or self._closed:
+            return self._batches
+        if self._yielding is None:
+            try:
+                self._yielding = self._begin_threads(_NICE)
+            except RuntimeError:  # The system has no more threads: it runs all the same.
+                return self._batches
+        return self._yielding
+
     def _begin_threads(self, nice: int) -> Batches:
-        """One for each slot, which run what is put into the queue."""
+        """One for each slot, which run what is put into the queue. Raises RuntimeError."""
         batches: Batches = queue.SimpleQueue()
-        for _ in range(self._slots):
+        for count in range(self._slots):
             thread = threading.Thread(target=self._serve_slot, args=(batches, nice), name="slot", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                for _ in range(count):
+                    batches.put(None)
+                raise
             self._threads.append(thread)
-            thread.start()
         return batches
 
     def _serve_slot(self, batches: Batches, nice: int) -> None:
         if nice and sys.platform == "linux":  # Elsewhere the number is of a process.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+            own = os.getpriority(os.PRIO_PROCESS, 0)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(own + nice, _LEAST_PRIORITY))
         while (batch := batches.get()) is not None:
-            self._loop.call_soon_threadsafe(self._finished, batch, *self._timed_run(batch))
-            del batch  # Nothing is kept alive while the slot waits.
+            began_s = time.thread_time()
+            outcome = self._timed_run(batch)
+            self._loop.call_soon_threadsafe(self._finished, batch, *outcome, time.thread_time() - began_s)
+            del batch, outcome  # Nothing is kept alive while the slot waits.
 
     def _timed_run(self, batch: Batch) -> tuple[Outputs | Exception, float, float]:
         """The batch's outputs or its error, and when it started and ended."""
@@ -257,9 +273,11 @@ class Batcher:
             outcome = error
         return outcome, started, time.monotonic()
 
-    def _finished(self, batch: Batch, outcome: Outputs | Exception, started: float, ended: float) -> None:
+    def _finished(
+        self, batch: Batch, outcome: Outputs | Exception, started: float, ended: float, used_s: float
+    ) -> None:
         self._free_slots += 1
-        self._account.add(ended - started, ended)
+        self._account.add(used_s, ended)
         accepted = self._accept(batch, outcome, started, ended)
         # The next batch runs while these answers are written.
         self._dispatch()

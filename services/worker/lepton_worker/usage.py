@@ -4,29 +4,35 @@ import math
 
 # What was used so long ago counts a third.
 _MEMORY_S = 2.0
-_NEGLIGIBLE_S = 1e-3
+_NEGLIGIBLE_S = 1e-5
+# So much more than the mean: else of two equal ones now this one, now that one would have to yield.
+_MARGIN = 1.2
 
 
 class Usage:
-    """The seconds that runs took lately, by tenant."""
+    """The processor seconds that runs took lately, by tenant."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
         self._at = 0.0
 
     def of(self, tenant: str) -> "Account":
+        """What the tenant's versions count with."""
         return Account(self, tenant)
 
     def add(self, tenant: str, seconds: float, now: float) -> None:
-        """A run of the tenant's took so long, until `now`, a monotonic time."""
+        """A run of the tenant's took so much, and ended `now`, a monotonic time.
+
+        What counts is the processor's time: who yields takes longer, and would look ever larger.
+        """
         kept = math.exp((self._at - now) / _MEMORY_S)
         self._at = now
         self._seconds = {each: used * kept for each, used in self._seconds.items() if used * kept > _NEGLIGIBLE_S}
-        self._seconds[tenant] = self._seconds.get(tenant, 0.0) + seconds
+        self._seconds[tenant] = self._seconds.get(tenant, 0.0) + max(seconds, _NEGLIGIBLE_S)
 
     def is_large(self, tenant: str) -> bool:
         """Whether the tenant used more than the mean of those that used anything."""
-        return self._seconds.get(tenant, 0.0) * len(self._seconds) > sum(self._seconds.values())
+        return self._seconds.get(tenant, 0.0) * len(self._seconds) > _MARGIN * sum(self._seconds.values())
 
 
 class Account:
