@@ -1,18 +1,11 @@
 """Merges the requests of one version into batches, work-conserving: a free slot never waits while something is queued.
 
 A lone request runs at once, so batching costs it nothing; batches form by themselves while all slots are busy.
-Everything happens on the loop's thread, except for `_serve_slot`.
-
-Runs share the cores. Those of a tenant that uses more of them than others go on threads of a lower priority: the kernel
-interrupts them for the others' runs, so that a flood of large batches hardly delays anybody else, and wastes nothing.
+Everything happens on the loop's thread, except for `_run_in_slot`.
 """
 
 import asyncio
 import math
-import os
-import queue
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -24,20 +17,16 @@ from lepton_common.events import Batching
 from lepton_common.tensors import Array
 
 from lepton_worker.buckets import ALONE, Batch, Buckets, Done, Key, Outputs, Work
+from lepton_worker.slots import Slots
 from lepton_worker.usage import Account
 
 Run = Callable[[Mapping[str, Array]], Outputs]
-Batches = queue.SimpleQueue["Batch | None"]
 
 # Handing a batch to a thread and back takes both threads about this long: what is quicker runs on the loop's thread.
 _QUICK_S = 200e-6
 _SWEEP_S = 0.05  # how late a queued request may hear that its time is up
 _SMOOTHING = 0.1
 _MAX_SHAPES = 256  # whose run times are remembered
-# A tenth of what others get of a core. With still less (19) a thread would hold the interpreter's lock and not get on:
-# measured, others then wait longer than without.
-_NICE = 10
-_LEAST_PRIORITY = 19
 _MAX_SIZES = 1024  # of runs, that are told apart: callers choose them
 
 
@@ -82,6 +71,7 @@ class Batcher:
         self._run = run
         self._slots = slots
         self._account = account
+        self._threads = Slots(slots, self._run_in_slot, account)
         self._mergeable = mergeable
         self.limit(batching)
         self._loop = asyncio.get_running_loop()
@@ -94,9 +84,6 @@ class Batcher:
         self._idle = asyncio.Event()
         self._run_s: dict[Key, float] = {}  # how long runs take, by bucket; smoothed
         self._row_s = 0.0
-        self._threads: list[threading.Thread] = []
-        self._batches = self._begin_threads(0)
-        self._yielding: Batches | None = None
 
     @property
     def queued_rows(self) -> int:
@@ -153,16 +140,9 @@ class Batcher:
                 self._finish(work, Unavailable("the version was unloaded before the request could run"))
         if self._sweeper is not None:
             self._sweeper.cancel()
-        for batches in (self._batches, self._yielding):
-            if batches is not None:
-                for _ in range(self._slots):
-                    batches.put(None)
+        self._threads.close()
         if self._free_slots == self._slots:
-            await asyncio.to_thread(self._join)
-
-    def _join(self) -> None:
-        for thread in self._threads:
-            thread.join()
+            await asyncio.to_thread(self._threads.join)
 
     def _bucket_of(self, inputs: Mapping[str, Array]) -> tuple[Key, int]:
         """Which works may run with these inputs, and their rows. Names, datatypes and order are the signature's.
@@ -202,7 +182,7 @@ class Batcher:
                     self._schedule()
                 break  # One a turn: the loop serves others in between.
             self._free_slots -= 1
-            self._queue().put(batch)
+            self._threads.put(batch)
         if not self._waiting and not self._retries and self._free_slots == self._slots:
             self._idle.set()
         elif self._waiting:
@@ -228,40 +208,10 @@ class Batcher:
             self._expire(work)
         self._dispatch()
 
-    def _queue(self) -> Batches:
-        """Of the threads that are to run what comes next."""
-        if not self._account.is_large or self._closed:
-            return self._batches
-        if self._yielding is None:
-            try:
-                self._yielding = self._begin_threads(_NICE)
-            except RuntimeError:  # The system has no more threads: it runs all the same.
-                return self._batches
-        return self._yielding
-
-    def _begin_threads(self, nice: int) -> Batches:
-        """One for each slot, which run what is put into the queue. Raises RuntimeError."""
-        batches: Batches = queue.SimpleQueue()
-        for count in range(self._slots):
-            thread = threading.Thread(target=self._serve_slot, args=(batches, nice), name="slot", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:
-                for _ in range(count):
-                    batches.put(None)
-                raise
-            self._threads.append(thread)
-        return batches
-
-    def _serve_slot(self, batches: Batches, nice: int) -> None:
-        if nice and sys.platform == "linux":  # Elsewhere the number is of a process.
-            own = os.getpriority(os.PRIO_PROCESS, 0)
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(own + nice, _LEAST_PRIORITY))
-        while (batch := batches.get()) is not None:
-            began_s = time.thread_time()
-            outcome = self._timed_run(batch)
-            self._loop.call_soon_threadsafe(self._finished, batch, *outcome, time.thread_time() - began_s)
-            del batch, outcome  # Nothing is kept alive while the slot waits.
+    def _run_in_slot(self, batch: Batch) -> None:
+        began_s = time.thread_time()
+        outcome = self._timed_run(batch)
+        self._loop.call_soon_threadsafe(self._finished, batch, *outcome, time.thread_time() - began_s)
 
     def _timed_run(self, batch: Batch) -> tuple[Outputs | Exception, float, float]:
         """The batch's outputs or its error, and when it started and ended."""
