@@ -292,6 +292,7 @@ async def scripted(watching: Watching) -> AsyncIterator[EtcdClient]:
 
 
 async def ends(requests: Any, context: Any) -> AsyncIterator[Any]:
+    await anext(aiter(requests))  # Else what the client still sends meets a stream that is over: another error.
     yield rpc.WatchResponse(created=True, header=rpc.ResponseHeader(revision=5))
 
 

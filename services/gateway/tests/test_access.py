@@ -89,13 +89,17 @@ async def test_the_audit_hears_of_refusals_past_the_outbox(kafka: str, etcd: Etc
     def refused(key: str) -> list[AccessRefused]:
         return [each for each in heard if isinstance(each, AccessRefused) and each.key == key]
 
+    def strangers() -> list[AccessRefused]:
+        # Other tests' are on this Kafka, too.
+        return [each for each in refused("") if each.peer.startswith("203.0.113.9")]
+
     async with running(etcd, telemetry, kafka=kafka) as lab:
         for _ in range(200):
             assert (await lab.client.post("/v2/repository/models/m/load")).status_code == 403
         unknown = {"authorization": "Bearer lp_" + "x" * 43, "x-forwarded-for": "203.0.113.9"}
         assert (await lab.client.post(INFER, headers=unknown)).status_code == 401
-        await until_heard(lambda: sum(each.count for each in refused(lab.key[:11])) == 200 and bool(refused("")))
-        mine, [stranger] = refused(lab.key[:11]), refused("")
+        await until_heard(lambda: sum(each.count for each in refused(lab.key[:11])) == 200 and bool(strangers()))
+        mine, [stranger] = refused(lab.key[:11]), strangers()
         assert len(mine) < 20
         assert {(each.tenant, each.status, each.what, each.service) for each in mine} == {
             ("acme", 403, "POST load", "gateway")
