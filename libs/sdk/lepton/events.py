@@ -133,7 +133,7 @@ class Kafka:
                         raise Unreachable(f"Kafka at {self._servers} says: {error.str()}")
                 is_quiet = time.monotonic() - came_at > _QUIET_S
                 if not unread or not from_beginning or is_quiet or held_bytes > _MOST_HELD_BYTES:
-                    yield from _by_time(past)
+                    yield from by_time(past)
                     past.clear()
                     held_bytes = 0
 
@@ -206,7 +206,7 @@ def _record(message: Any) -> Record:
     )
 
 
-def _by_time(records: Sequence[Record]) -> list[Record]:
+def by_time(records: Sequence[Record]) -> list[Record]:
     """The oldest first; those of one partition as they are in it, whatever clocks their producers have."""
     latest: dict[tuple[str, int], datetime] = {}
     times = []

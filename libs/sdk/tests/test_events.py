@@ -9,6 +9,7 @@ import pytest
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Producer, TopicPartition
 from lepton import render
 from lepton.cli import app
+from lepton.events import Record, by_time
 from lepton_common import dead_letters, envelope
 from lepton_common.dead_letters import Failure, Origin, Reason
 from lepton_common.errors import Invalid
@@ -80,6 +81,17 @@ def test_events_are_told_from_the_beginning_by_type_and_model(kafka: str, lepton
     digits = lepton("tail", "--from-beginning", "-n", "1", "--type", "VersionPromoted", "--model", "digits")
     assert "VersionPromoted" in digits.stdout
     assert "default/digits version=1" in digits.stdout
+
+
+def test_the_past_is_told_by_time_and_each_partition_in_its_own_order() -> None:
+    def record(partition: int, offset: int, second: int) -> Record:
+        at = datetime(2026, 11, 27, 0, 0, second, tzinfo=UTC)
+        return Record("lepton.models", partition, offset, at, None, [], b"{}")
+
+    first = [record(0, 0, 2), record(0, 1, 7), record(0, 2, 5)]  # The last one's producer has a clock that is behind.
+    second = [record(1, 0, 1), record(1, 1, 6), record(1, 2, 8)]
+    told = [(each.partition, each.offset) for each in by_time([*first, *second])]
+    assert told == [(1, 0), (0, 0), (1, 1), (0, 1), (0, 2), (1, 2)]
 
 
 @pytest.mark.parametrize("is_watched", [False, True])

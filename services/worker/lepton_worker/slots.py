@@ -5,6 +5,7 @@ interrupts them for the others' runs, so that a flood of large batches hardly de
 Where a run has threads of its own (`LEPTON_INTRA_OP_THREADS`), or is a GPU's, only this part of it yields.
 """
 
+import contextlib
 import os
 import queue
 import sys
@@ -78,7 +79,8 @@ class Slots:
     def _serve(self, batches: Batches, nice: int) -> None:
         if nice and sys.platform == "linux":  # Elsewhere the number is of a process.
             own = os.getpriority(os.PRIO_PROCESS, 0)
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(own + nice, _LEAST_PRIORITY))
+            with contextlib.suppress(OSError):  # Where a sandbox forbids it, batches run all the same.
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(own + nice, _LEAST_PRIORITY))
         while (batch := batches.get()) is not None:
             self._run(batch)
             del batch  # Nothing is kept alive while the slot waits.

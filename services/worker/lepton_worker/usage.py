@@ -31,7 +31,7 @@ class Usage:
         self._seconds[tenant] = self._seconds.get(tenant, 0.0) + max(seconds, _NEGLIGIBLE_S)
 
     def is_large(self, tenant: str) -> bool:
-        """Whether the tenant used more than the mean of those that used anything."""
+        """Whether the tenant used more, by a fifth, than the mean of those that used anything."""
         return self._seconds.get(tenant, 0.0) * len(self._seconds) > _MARGIN * sum(self._seconds.values())
 
 

@@ -1,9 +1,7 @@
 import asyncio
-import math
-import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,64 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lepton_common.errors import DeadlineExceeded, Invalid, LeptonError, Overloaded, Unavailable
-from lepton_common.events import Batching
 from lepton_common.tensors import Array
-from lepton_worker.batcher import Batcher, Statistics
-from lepton_worker.buckets import Outputs, Work
-from lepton_worker.usage import Usage
+from lepton_worker.batcher import Statistics
+from lepton_worker.buckets import Outputs
 
-NEVER = math.inf
-
-
-class Model:
-    """Doubles its input. It can be held, so that a queue forms, and remembers what it ran together."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-        self.open.set()
-        self.ran: list[int] = []
-
-    def __call__(self, inputs: Mapping[str, Array]) -> Outputs:
-        assert self.open.wait(10)
-        x = inputs["x"]
-        self.ran.append(len(x))
-        if (x < 0).any():
-            raise Invalid("a negative value")
-        return {"y": 2 * x}
-
-
-def row(value: float, rows: int = 1, width: int = 1) -> Outputs:
-    return {"x": np.full((rows, width), value, np.float32)}
-
-
-class Caller:
-    """Submits, and waits for what comes."""
-
-    def __init__(self, batcher: Batcher) -> None:
-        self.batcher = batcher
-
-    def submit(self, inputs: Outputs, deadline: float = NEVER) -> tuple[Work, asyncio.Future[Any]]:
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        return self.batcher.submit(inputs, deadline, lambda outcome, waited_s: answer.set_result(outcome)), answer
-
-    async def ask(self, inputs: Outputs, deadline: float = NEVER) -> Any:
-        return await self.submit(inputs, deadline)[1]
-
-
-@asynccontextmanager
-async def batching(
-    run: Callable[[Mapping[str, Array]], Outputs],
-    *,
-    slots: int = 1,
-    max_rows: int = 8,
-    max_queued_rows: int = 100,
-    mergeable: bool = True,
-    usage: Usage | None = None,
-) -> AsyncIterator[Caller]:
-    limits = Batching(max_rows=max_rows, max_queued_rows=max_queued_rows)
-    batcher = Batcher(run, slots, limits, (usage or Usage()).of("acme"), mergeable=mergeable)
-    yield Caller(batcher)
-    await batcher.close(5)
+from .batches import NEVER, Caller, Model, batching, row
 
 
 @asynccontextmanager
@@ -295,51 +240,6 @@ async def test_closing_does_not_wait_longer_than_its_grace() -> None:
         assert not first.done()
         model.open.set()
         assert (await first)["y"].tolist() == [[0]]
-
-
-async def test_slots_run_side_by_side() -> None:
-    together = threading.Barrier(3)
-
-    def run(inputs: Mapping[str, Array]) -> Outputs:
-        together.wait(10)
-        return {"y": inputs["x"]}
-
-    async with batching(run, slots=3, mergeable=False) as caller:
-        answers = await asyncio.gather(*(caller.ask(row(number)) for number in range(3)))
-    assert [answer["y"].tolist() for answer in answers] == [[[0]], [[1]], [[2]]]
-
-
-async def test_a_tenant_that_uses_more_than_others_runs_at_a_lower_priority() -> None:
-    usage = Usage()
-    seen: list[int] = []
-
-    def run(inputs: Mapping[str, Array]) -> Outputs:
-        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-        return {"y": inputs["x"]}
-
-    async with batching(run, slots=2, mergeable=False, usage=usage) as caller:
-        await caller.ask(row(0))
-        usage.add("other", 1.0, time.monotonic())
-        await caller.ask(row(0))
-        usage.add("acme", 2.0, time.monotonic())
-        await caller.ask(row(0))
-        usage.add("other", 2.0, time.monotonic())
-        await caller.ask(row(0))
-    own = os.getpriority(os.PRIO_PROCESS, 0)
-    assert seen == [own, own, min(own + 10, 19), own]
-
-
-async def test_a_run_that_only_takes_long_is_no_large_use() -> None:
-    usage = Usage()
-
-    def run(inputs: Mapping[str, Array]) -> Outputs:
-        time.sleep(0.2)  # as if its thread was not let onto a core
-        return {"y": inputs["x"]}
-
-    async with batching(run, usage=usage) as caller:
-        usage.add("other", 0.1, time.monotonic())
-        await caller.ask(row(0))
-    assert not usage.is_large("acme")
 
 
 async def test_quick_models_run_on_the_loops_thread_and_slow_ones_never() -> None:
